@@ -1,0 +1,217 @@
+"""The cache: content keys, locks, and outputs that are either whole or absent.
+
+Layout below the cache directory::
+
+    objects/<stage>/<key>/   manifest.json and the outputs (read-only to everyone else)
+    locks/<stage>-<key>      one flock(2) a key; held while building
+    work/<stage>-<key>/      a build under way; left only by a killed one, and removed by whoever holds the lock next
+
+``manifest.json`` is written last and the folder renamed into place after it was synced: a build killed at any instant
+leaves a whole output or none. Does not own: what is built (the stages) nor in which order (the pipeline).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recvirt.errors import LockedError, VerificationError
+from recvirt.ui import reporter
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """A file that a stage reads. Only its content counts for the key, not where it lies. ``name`` keeps order honest."""
+
+    name: str
+    sha256: str
+    path: Path = dataclasses.field(compare=False)
+
+    @classmethod
+    def of(cls, path: Path, name: str = "") -> FileRef:
+        """Read and hash ``path``."""
+        return cls(name or path.name, sha256_of(path), path)
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """The output of an earlier stage, known by its key alone."""
+
+    stage: str
+    key: str
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def canonical(value: Any) -> Any:
+    """A JSON-able picture of frozen inputs: what the key is the hash of, and what ``plan`` compares."""
+    if isinstance(value, FileRef):
+        return {"name": value.name, "sha256": value.sha256}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            f.name: canonical(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if f.metadata.get("key", True)
+        }
+    if isinstance(value, (list, tuple)):
+        return [canonical(item) for item in value]
+    if isinstance(value, dict):
+        return {str(k): canonical(v) for k, v in sorted(value.items())}
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise TypeError(f"{type(value).__name__} can't be part of a cache key")
+
+
+def key_of(stage: str, revision: int, inputs: Any) -> str:
+    """The content key: the hash of the stage's name, its revision and its frozen inputs."""
+    text = json.dumps([stage, revision, canonical(inputs)], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A whole output in the cache."""
+
+    stage: str
+    key: str
+    directory: Path
+    manifest: dict[str, Any]
+
+    def path(self, name: str) -> Path:
+        """The path of one output file."""
+        return self.directory / name
+
+
+class Store:
+    """The cache directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def object_dir(self, stage: str, key: str) -> Path:
+        """Where a whole output of ``stage`` lies (or would)."""
+        return self.directory / "objects" / stage / key
+
+    def get(self, stage: str, key: str) -> Output | None:
+        """The whole output of ``key``, or None. Marks it as used now."""
+        directory = self.object_dir(stage, key)
+        try:
+            manifest = json.loads((directory / MANIFEST).read_text())
+        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+            return None
+        for name, facts in manifest["outputs"].items():
+            # Size is the cheap check; ``verify`` compares digests.
+            try:
+                size = (directory / name).stat().st_size
+            except FileNotFoundError:
+                size = -1
+            if size != facts["bytes"]:
+                reporter.warn(f"cached {stage} {key[:12]} is damaged ({name}); it is built again")
+                return None
+        try:
+            os.utime(directory / MANIFEST)
+        except PermissionError:
+            pass
+        return Output(stage, key, directory, manifest)
+
+    def verify(self, output: Output) -> None:
+        """Compare every file of an output with the digest in its manifest; VerificationError on a difference."""
+        for name, facts in output.manifest["outputs"].items():
+            if sha256_of(output.directory / name) != facts["sha256"]:
+                raise VerificationError(
+                    f"{output.directory / name} is not what was built", hint="recvirt clean removes it"
+                )
+
+    def latest(self, stage: str, label: str) -> Output | None:
+        """The most recently used output of ``stage`` with this label (the profile's name), to explain differences."""
+        found: list[tuple[float, str]] = []
+        for manifest in (self.directory / "objects" / stage).glob(f"*/{MANIFEST}"):
+            try:
+                if json.loads(manifest.read_text()).get("label") == label:
+                    found.append((manifest.stat().st_mtime, manifest.parent.name))
+            except (OSError, json.JSONDecodeError):
+                continue
+        return self.get(stage, max(found)[1]) if found else None
+
+    @contextmanager
+    def lock(self, stage: str, key: str, *, wait: bool = True) -> Iterator[None]:
+        """Hold the lock of one key. Says so while it waits for another recvirt."""
+        folder = self.directory / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{stage}-{key}").open("a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise LockedError(f"another recvirt builds {stage} {key[:12]}") from None
+                reporter.info(f"waiting for another recvirt that builds the same {stage}")
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+    def fresh_work_dir(self, stage: str, key: str) -> Path:
+        """An empty folder to build in; what a killed build left there is removed. Call with the lock held."""
+        folder = self.directory / "work" / f"{stage}-{key}"
+        if folder.exists():
+            remove_tree(folder)
+        folder.mkdir(parents=True)
+        return folder
+
+    def commit(self, stage: str, key: str, work_dir: Path, *, label: str, inputs: Any, seconds: float) -> Output:
+        """Make ``work_dir/out`` the output of ``key``: digests, manifest, sync, rename. Call with the lock held."""
+        out = work_dir / "out"
+        outputs = {
+            str(path.relative_to(out)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            for path in sorted(out.iterdir())
+            if path.is_file()
+        }
+        manifest = {
+            "stage": stage, "key": key, "label": label, "inputs": canonical(inputs), "outputs": outputs,
+            "seconds": round(seconds, 3), "created": int(time.time()),
+        }  # fmt: skip
+        with (out / MANIFEST).open("w") as stream:
+            json.dump(manifest, stream, indent=1, sort_keys=True)
+            stream.flush()
+            os.fsync(stream.fileno())
+        target = self.object_dir(stage, key)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            remove_tree(target)
+        out.rename(target)
+        _sync_dir(target.parent)
+        remove_tree(work_dir)
+        return Output(stage, key, target, manifest)
+
+
+def _sync_dir(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a tree, also one with read-only folders in it."""
+
+    def unlock(function: Any, path: str, _error: Any) -> None:
+        os.chmod(os.path.dirname(path), 0o700)
+        os.chmod(path, 0o700)
+        function(path)
+
+    shutil.rmtree(folder, onerror=unlock)
