@@ -78,9 +78,9 @@ class ToolsRoot:
         if not network:
             words += ["--unshare-net"]
         words += self._tree_words()
-        for path in _HOST_FILES:
-            if network and Path(path).exists():
-                words += ["--ro-bind", os.path.realpath(path), path]
+        for name in _HOST_FILES:
+            if network and Path(name).exists():
+                words += ["--ro-bind", os.path.realpath(name), name]
         for device in devices:
             words += ["--dev-bind-try", str(device), str(device)]
         for path in readable:

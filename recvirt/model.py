@@ -1,0 +1,211 @@
+"""The profile's data model: every key a profile may hold, its type, default and meaning.
+
+Pydantic gives strict types, all faults at once and the JSON schema for editors. Merging files and telling where a value
+came from is :mod:`recvirt.profile`'s work.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+#: What a name that ends up in file names, unit names and kernel command lines may look like.
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._+-]{0,62}$")]
+Symbol = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+$")]
+HostName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+UserName = Annotated[str, StringConstraints(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Suite = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")]
+_SIZE = re.compile(r"^(\d+)([KMGT]?)$")
+
+
+def parse_size(text: str) -> int:
+    """``4G`` is 4 GiB in bytes. Prefixes are binary, as in qemu-img(1)."""
+    match = _SIZE.match(text)
+    if not match:
+        raise ValueError("a size is a whole number with K, M, G or T, as 4G")
+    return int(match[1]) * 1024 ** " KMGT".index(match[2] or " ")
+
+
+def _check_size(text: str) -> str:
+    parse_size(text)
+    return text
+
+
+def _one_line(text: str) -> str:
+    if any(ord(c) < 32 or ord(c) == 127 for c in text):
+        raise ValueError("control characters and line breaks are not allowed here")
+    return text
+
+
+Size = Annotated[str, AfterValidator(_check_size)]
+Line = Annotated[str, AfterValidator(_one_line)]
+
+
+class Model(BaseModel):
+    """Strict base: unknown keys are faults, values are not coerced, instances are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Allowance(Model):
+    """A requested symbol that may differ in the final configuration, with the reason. An unused one is a fault."""
+
+    symbol: Symbol
+    reason: str = Field(min_length=8)
+    since: str | None = None
+    until: str | None = None
+
+
+class KernelPackage(Model):
+    """A ``linux-source-*`` package of a suite, verified through apt."""
+
+    suite: Suite = "trixie"
+    package: str = Field(default="linux-source-6.12", pattern=r"^linux-source-[0-9][0-9a-z.+-]*$")
+
+
+class KernelTarball(Model):
+    """A release tarball by URL; the digest is required, a detached OpenPGP signature over the uncompressed tar is checked when given."""
+
+    url: Line
+    sha256: Sha256
+    signature_url: Line | None = None
+    keyring: str | None = None
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> KernelTarball:
+        if (self.signature_url is None) != (self.keyring is None):
+            raise ValueError("signature_url and keyring go together")
+        return self
+
+
+class Kernel(Model):
+    """The kernel: our own from one of three sources, or Debian's stock cloud kernel (``kernel: debian``)."""
+
+    source: Literal["package", "tarball", "tree", "debian"] = "package"
+    package: KernelPackage = KernelPackage()
+    tarball: KernelTarball | None = None
+    tree: str | None = Field(default=None, description="a local source tree or git checkout")
+    patches: tuple[str, ...] = Field(default=(), description="patch files applied in order (-p1)")
+    debian_package: str = Field(default="linux-image-cloud-amd64", pattern=r"^linux-image-[a-z0-9.+-]+$")
+    localversion: str = Field(default="-recvirt", pattern=r"^-[a-z0-9-]{1,20}$")
+    fragments: tuple[Name, ...] = Field(default=(), description="names in kernel-configs/, in merge order")
+    overrides: dict[Symbol, str] = Field(
+        default_factory=dict, description="SYMBOL: value that wins over the fragments, declared on purpose"
+    )
+    allow: tuple[Allowance, ...] = ()
+    cmdline: tuple[Line, ...] = Field(default=(), description="words for the kernel command line")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"source": "debian"} if value == "debian" else value
+
+    @model_validator(mode="after")
+    def _source_is_given(self) -> Kernel:
+        if self.source in ("tarball", "tree") and getattr(self, self.source) is None:
+            raise ValueError(f"source is {self.source}, but kernel.{self.source} is not set")
+        return self
+
+
+class User(Model):
+    """A login. There are no passwords: keys come from here, or from the cloud through cloud-init."""
+
+    name: UserName
+    groups: tuple[UserName, ...] = ()
+    ssh_keys: tuple[Line, ...] = ()
+    sudo: bool = False
+    shell: str = Field(default="/bin/bash", pattern=r"^/[A-Za-z0-9/._-]+$")
+
+
+class Hook(Model):
+    """A script of the profile. ``host`` runs on the build host with the tree's path in $1; ``chroot`` inside the tree."""
+
+    where: Literal["host", "chroot"]
+    path: str
+
+
+class Mount(Model):
+    """One NFS mount. ``source`` is ``server:/path`` (or empty: the folder stays local until user data sets it)."""
+
+    source: str = Field(default="", pattern=r"^$|^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):/[A-Za-z0-9/._+-]*$")
+    options: str = Field(default="vers=4.2,soft,timeo=100,retrans=3", pattern=r"^[A-Za-z0-9=,._:-]*$")
+
+
+class Nfs(Model):
+    """The two mounts of the Nested Cloud: application disk images and block images."""
+
+    images: Mount = Mount()
+    blocks: Mount = Mount()
+
+
+class CloudInit(Model):
+    """cloud-init: which datasources it may try, in order."""
+
+    enabled: bool = True
+    datasources: tuple[str, ...] = ("NoCloud", "ConfigDrive", "Ec2", "GCE", "Azure", "OpenStack", "VMware", "None")
+
+
+class Root(Model):
+    """The Debian tree inside the image."""
+
+    suite: Literal["trixie", "bookworm", "sid"] = "trixie"
+    mirror: Line | None = Field(default=None, description="archive URL; unset: the bootstrapper's own default")
+    components: tuple[Name, ...] = ("main",)
+    snapshot: str | None = Field(default=None, pattern=r"^\d{8}T\d{6}Z$", description="a snapshot archive's timestamp")
+    snapshot_mirror: Line | None = Field(default=None, description="base URL of the snapshot archive")
+    keyring: str | None = Field(default=None, description="keyring that signs the mirror; unset: Debian's own")
+    bootstrapper: Literal["mmdebstrap", "debootstrap"] = "mmdebstrap"
+    package_lists: tuple[Name, ...] = ()
+    packages: tuple[str, ...] = Field(default=(), description="packages besides those of the lists")
+    hostname: HostName = "recvirt"
+    locale: str = Field(default="C.UTF-8", pattern=r"^[A-Za-z0-9_.@-]+$")
+    timezone: str = Field(default="Etc/UTC", pattern=r"^[A-Za-z0-9_+/-]+$")
+    users: tuple[User, ...] = ()
+    overlays: tuple[str, ...] = Field(default=(), description="folders copied over the tree, in order")
+    hooks: tuple[Hook, ...] = ()
+    cloud_init: CloudInit = CloudInit()
+    nfs: Nfs | None = None
+    nested: bool = Field(default=True, description="kvm_intel.nested=1, kvm_amd.nested=1")
+    modules: tuple[Name, ...] = Field(default=(), description="kernel modules loaded at boot")
+    sysctl: dict[str, Line] = Field(default_factory=dict)
+    services: tuple[str, ...] = Field(default=(), description="units enabled besides the packages' own presets")
+    masked: tuple[str, ...] = Field(default=(), description="units that never run")
+    journal_max: Size = "64M"
+    unattended_upgrades: bool = False
+    console_autologin: UserName | None = Field(
+        default=None, description="log this user in on the serial console; whoever owns the console owns the VM"
+    )
+
+
+class Image(Model):
+    """The disk image."""
+
+    size: Size = "4G"
+    filesystem: Literal["ext4", "xfs", "btrfs"] = "ext4"
+    esp_size: Size = "64M"
+    initramfs: Literal["none", "small"] = "none"
+    formats: tuple[Literal["qcow2", "raw", "vhd", "vmdk", "ova"], ...] = ("qcow2",)
+    boot_timeout: int = Field(default=1, ge=0, le=60, description="seconds the boot menu waits")
+
+
+class Accept(Model):
+    """How the image is proved."""
+
+    memory: Size = "2G"
+    cpus: int = Field(default=2, ge=1, le=64)
+    boot_seconds: int = Field(default=300, ge=10, description="give up on a boot after so long (scaled up under TCG)")
+    unit_failures_allowed: tuple[str, ...] = ()
+
+
+class Profile(Model):
+    """A whole profile, after merging."""
+
+    name: Name
+    description: str = ""
+    kernel: Kernel = Kernel()
+    root: Root = Root()
+    image: Image = Image()
+    accept: Accept = Accept()
