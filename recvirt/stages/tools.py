@@ -1,0 +1,130 @@
+"""The tools root: a Debian tree with the compiler, QEMU, GRUB, mkfs and the bootstrapper that every other stage uses.
+
+Made by the host's mmdebstrap, so the host needs little; works as root and as an ordinary user (mmdebstrap's own choice).
+It is the ground that the pipeline stands on rather than a stage of it: its package versions are part of the other keys.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recvirt.errors import CommandError, StageError
+from recvirt.run import find_tool, run
+from recvirt.sandbox import ToolsRoot
+from recvirt.store import Store, key_of, remove_tree
+from recvirt.ui import reporter
+
+REVISION = 1
+SUITE = "trixie"
+#: What a tools root holds, by purpose.
+PACKAGES = {
+    "archive": ("apt", "ca-certificates", "debian-archive-keyring", "gpgv", "mmdebstrap", "debootstrap", "arch-test"),
+    "kernel": (
+        "build-essential", "bc", "bison", "flex", "libelf-dev", "libssl-dev", "libdw-dev", "zlib1g-dev", "ccache", "cpio",
+        "kmod", "rsync", "debhelper", "dpkg-dev", "fakeroot", "python3", "xz-utils", "zstd", "pahole", "patch", "git",
+    ),
+    "image": (
+        "e2fsprogs", "libarchive13t64", "grub-pc-bin", "grub-efi-amd64-bin", "grub-common", "mtools", "dosfstools",
+        "fdisk", "xfsprogs", "btrfs-progs", "qemu-utils", "busybox-static",
+    ),
+    "vm": ("qemu-system-x86", "ovmf", "ipxe-qemu", "openssh-client"),
+}  # fmt: skip
+#: Optional sets for named checks: a tools root of its own each, because few people want them.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "bochs": ("bochs", "bochsbios", "vgabios", "bochs-term", "grub-pc-bin", "grub-common", "xorriso", "mtools", "cpio"),
+    "nfs-server": ("nfs-ganesha", "nfs-ganesha-vfs"),
+}
+
+
+@dataclass(frozen=True)
+class ToolsInputs:
+    """What decides about a tools root. The archive's state is not among it: a tools root lives until it is refreshed."""
+
+    suite: str
+    packages: tuple[str, ...]
+    mirror: str | None
+
+
+def tools_inputs(extra: str | None = None, mirror: str | None = None) -> ToolsInputs:
+    """The frozen inputs of the ordinary tools root, or of one extra set."""
+    if extra:
+        names: Sequence[str] = (*PACKAGES["archive"], *EXTRAS[extra])
+    else:
+        names = [name for group in PACKAGES.values() for name in group]
+    return ToolsInputs(SUITE, tuple(sorted(set(names))), mirror)
+
+
+def bootstrap_argv(inputs: ToolsInputs, tar_path: Path, *, as_root: bool) -> list[str]:
+    """mmdebstrap(1)'s command line; without a mirror of ours it uses its own default, with -updates and -security."""
+    argv = [
+        find_tool("mmdebstrap"), "--variant=minbase", f"--mode={'root' if as_root else 'unshare'}", "--format=tar",
+        '--aptopt=Acquire::Languages "none"', '--aptopt=Acquire::Retries "3"', "--dpkgopt=force-unsafe-io",
+        "--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-include=/usr/share/doc/*/copyright",
+        "--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*",
+        f"--include={','.join(inputs.packages)}", inputs.suite, str(tar_path),
+    ]  # fmt: skip
+    return [*argv, inputs.mirror] if inputs.mirror else argv
+
+
+def ensure_tools(
+    store: Store, *, extra: str | None = None, mirror: str | None = None, log_dir: Path | None = None
+) -> ToolsRoot:
+    """The tools root from the cache, bootstrapped first if it is not there. Raises StageError with the log's last lines."""
+    inputs = tools_inputs(extra, mirror)
+    key = key_of("tools", REVISION, inputs)
+    if (output := store.get("tools", key)) is not None:
+        return ToolsRoot(output.directory)
+    with store.lock("tools", key):
+        if (output := store.get("tools", key)) is not None:
+            return ToolsRoot(output.directory)
+        with reporter.step(f"tools root ({extra or 'build tools'}, Debian {inputs.suite})"):
+            work = store.fresh_work_dir("tools", key)
+            started = time.monotonic()
+            log_dir = log_dir or store.directory / "logs"
+            log_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                _bootstrap(inputs, work, log_dir / f"tools-{extra or 'main'}.log")
+            except BaseException:
+                remove_tree(work)
+                raise
+            output = store.commit("tools", key, work, label=extra or "main", inputs=inputs, seconds=time.monotonic() - started)
+    return ToolsRoot(output.directory)
+
+
+def _bootstrap(inputs: ToolsInputs, work: Path, log_path: Path) -> None:
+    rootfs = work / "out" / "rootfs"
+    rootfs.mkdir(parents=True)
+    log_path.write_text("")
+    tar_path = work / "tools.tar"
+    try:
+        argv = bootstrap_argv(inputs, tar_path, as_root=os.geteuid() == 0)
+        # mmdebstrap's temporary tree belongs below our work folder: a killed run's leftovers go with it.
+        run(argv, env={"TMPDIR": str(work)}, log_path=log_path)
+        # Ownership is of no use in there; without it an ordinary user can make and delete the tree.
+        run(
+            [find_tool("tar"), "--no-same-owner", "--exclude=./dev/*", "-C", str(rootfs), "-xf", str(tar_path)],
+            log_path=log_path,
+        )
+    except CommandError as error:
+        raise StageError(
+            f"the tools root could not be made\n{error.message}",
+            hint="check the network and recvirt doctor; --tools-mirror names another archive",
+        ) from error
+    tar_path.unlink()
+    status = (rootfs / "var/lib/dpkg/status").read_text()
+    (work / "out" / "packages.json").write_text(json.dumps(parse_status(status), indent=1, sort_keys=True))
+
+
+def parse_status(text: str) -> dict[str, str]:
+    """Package to version, from a dpkg status file (deb-control(5))."""
+    found: dict[str, str] = {}
+    for paragraph in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in paragraph.splitlines() if ": " in line and line[0] != " ")
+        if fields.get("Status", "").endswith(" installed"):
+            found[fields["Package"]] = fields["Version"]
+    return found
