@@ -12,12 +12,13 @@ import shutil
 import signal
 import subprocess
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recvirt.errors import CommandError, MissingToolError, SpaceError
+from recvirt.errors import CommandError, MissingToolError, RecvirtError, SpaceError
 from recvirt.ui import reporter
 
 #: Which Debian package brings a program, for the hint of MissingToolError.
@@ -40,6 +41,9 @@ _KEPT_VARIABLES = (
     "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "all_proxy",
 )  # fmt: skip
 _TAIL_LINES = 20
+#: Programs under way, for :func:`stop_all`. Weak: a finished and forgotten one drops out by itself.
+_stopping = threading.Event()
+_running: weakref.WeakSet[subprocess.Popen[bytes]] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Completed:
 
 
 def minimal_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment every child gets: few variables of ours (proxies among them), the C.UTF-8 locale, and ``extra``."""
+    """The environment every child gets: few variables of ours (proxies among them), C.UTF-8, and ``extra``."""
     env = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     env.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
     # An ordinary user's PATH often lacks sbin, where mkfs and friends live.
@@ -95,13 +99,36 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a long-lived program (QEMU, a server) in its own session and hand back its handle."""
     reporter.detail(f"$ {quote(argv)}")
+    if _stopping.is_set():
+        raise RecvirtError("stopped: another part of the build failed or was interrupted")
     try:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             bound_argv(argv), cwd=cwd, env=minimal_env(env), stdin=stdin, stdout=stdout, stderr=stderr,
             start_new_session=True, pass_fds=pass_fds,
         )  # fmt: skip
     except FileNotFoundError:
         raise MissingToolError(argv[0], PACKAGES.get(Path(argv[0]).name, argv[0])) from None
+    _running.add(process)
+    return process
+
+
+def stop_all() -> None:
+    """End every program that this process started and has not ended, and start no more: the way out of a failed build.
+
+    :func:`allow_start` lifts the ban.
+    """
+    _stopping.set()
+    for process in list(_running):
+        if process.poll() is None:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+
+def allow_start() -> None:
+    """Programs may be started again after :func:`stop_all`."""
+    _stopping.clear()
 
 
 def stop(process: subprocess.Popen[bytes], *, grace_seconds: float = 5.0) -> int:

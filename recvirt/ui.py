@@ -67,6 +67,10 @@ class Reporter:
         """Something that a person should know, though the work goes on."""
         self._emit("warning", f"warning: {text}")
 
+    def error(self, text: str, hint: str = "") -> None:
+        """The last word of a command that failed, and what to do next."""
+        self._emit("error", f"error: {text}" + (f"\n  hint: {hint}" if hint else ""), hint=hint)
+
     def detail(self, text: str) -> None:
         """A line for --verbose only."""
         if self.verbose:

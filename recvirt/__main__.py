@@ -1,0 +1,5 @@
+"""``python -m recvirt``."""
+
+from recvirt.cli import main
+
+main()

@@ -1,0 +1,278 @@
+"""From a resolved profile to an image: plan what is reused and what is built, then build it, side by side where it can.
+
+Owns: the order of the stages, reuse, the reasons for building again, and what lands in ``build/<profile>/``.
+Does not own: how a stage works (``stages/``), or where outputs are cached (``store``).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recvirt.errors import ConfigError, RecvirtError, SpaceError, StageError
+from recvirt.model import Profile
+from recvirt.run import allow_start, stop_all
+from recvirt.stages.base import Context, Stage, Work
+from recvirt.stages.guest_debs import GuestDebs
+from recvirt.stages.image import ImageStage
+from recvirt.stages.kernel_build import KernelBuild
+from recvirt.stages.kernel_config import KernelConfig
+from recvirt.stages.root import RootStage
+from recvirt.store import Output, Store, canonical, key_of, remove_tree
+from recvirt.ui import format_bytes, reporter
+
+STAGES: tuple[Stage, ...] = (KernelConfig(), KernelBuild(), GuestDebs(), RootStage(), ImageStage())
+STAGE_NAMES = tuple(stage.name for stage in STAGES)
+#: What a person gets from the outputs: stage -> file names (a trailing * matches any ending).
+PRODUCTS = {
+    "kernel_config": ("config", "report.json"),
+    "kernel_build": ("build-info.json",),
+    "image": ("disk.*", "*.json", "*.txt", "*.ovf"),
+}
+#: Room that a stage wants on the cache's disk unless it says otherwise (``space_bytes(inputs)``).
+_DEFAULT_SPACE = 512 * 1024**2
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One stage of a plan: its key, and the whole output if there is one. ``reasons`` say why it must be built."""
+
+    stage: Stage
+    inputs: Any
+    key: str
+    output: Output | None
+    reasons: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``plan --json``."""
+        action = "reuse" if self.output else "build"
+        return {"stage": self.stage.name, "key": self.key, "action": action, "reasons": list(self.reasons)}
+
+
+def stages_for(profile: Profile, until: str | None = None) -> list[Stage]:
+    """The stages that a profile runs through, in order. ``until`` is the last one wanted."""
+    stages = list(STAGES)
+    if profile.kernel.source == "debian":
+        stages = [stage for stage in stages if stage.name != "kernel_build"]
+    if until is None:
+        return stages
+    names = [stage.name for stage in stages]
+    if until not in names:
+        raise ConfigError(f"there is no stage {until!r} in this profile", hint=f"one of: {', '.join(names)}")
+    wanted = _closure(stages, until)
+    return [stage for stage in stages if stage.name in wanted]
+
+
+def _closure(stages: Sequence[Stage], name: str) -> set[str]:
+    by_name = {stage.name: stage for stage in stages}
+    found, todo = set(), [name]
+    while todo:
+        current = todo.pop()
+        if current in by_name and current not in found:
+            found.add(current)
+            todo.extend(by_name[current].needs)
+    return found
+
+
+def plan(profile: Profile, store: Store, context: Context, *, until: str | None = None) -> list[Planned]:
+    """What would run, what is reused, and why not. Builds nothing."""
+    planned: list[Planned] = []
+    keys: dict[str, str] = {}
+    for stage in stages_for(profile, until):
+        upstream = {name: keys[name] for name in stage.needs if name in keys}
+        inputs = stage.inputs(profile, upstream, context)
+        key = keys[stage.name] = key_of(stage.name, stage.revision, inputs)
+        output = store.get(stage.name, key)
+        reasons = () if output else tuple(_reasons(stage, inputs, profile, store))
+        planned.append(Planned(stage, inputs, key, output, reasons))
+    return planned
+
+
+def _reasons(stage: Stage, inputs: Any, profile: Profile, store: Store) -> list[str]:
+    before = store.latest(stage.name, profile.name)
+    if before is None:
+        return ["never built for this profile"]
+    changes = list(differences(before.manifest["inputs"], canonical(inputs)))
+    return changes[:12] + ([f"and {len(changes) - 12} more"] if len(changes) > 12 else []) or [
+        "the stage itself changed (its revision)"
+    ]
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """The paths at which two canonical inputs differ, as sentences."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        if set(old) == {"name", "sha256"} == set(new) and old["name"] == new["name"]:
+            return [] if old == new else [f"{path}: {new['name']} changed"]
+        if set(old) == {"stage", "key"} == set(new):
+            return [] if old == new else [f"{new['stage']} is another one"]
+        found = []
+        for name in sorted(set(old) | set(new)):
+            here = f"{path}.{name}" if path else name
+            if name not in old or name not in new:
+                found.append(f"{here} is {'new' if name not in old else 'gone'}")
+            else:
+                found += differences(old[name], new[name], here)
+        return found
+    if isinstance(old, list) and isinstance(new, list):
+        return _list_differences(old, new, path)
+    return [] if old == new else [f"{path}: {_short(old)} became {_short(new)}"]
+
+
+def _list_differences(old: list[Any], new: list[Any], path: str) -> list[str]:
+    if len(old) == len(new) and not all(isinstance(item, str) for item in (*old, *new)):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [text for i, pair in pairs for text in differences(*pair, f"{path}[{i}]")]
+    gone = [item for item in old if item not in new]
+    came = [item for item in new if item not in old]
+    if not gone and not came and old != new:
+        return [f"{path}: the order changed"]
+    return [f"{path}: - {_short(item)}" for item in gone] + [f"{path}: + {_short(item)}" for item in came]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class Builder:
+    """Carries out a plan. Stages whose needs are met run side by side; the first failure ends the rest."""
+
+    def __init__(
+        self, profile: Profile, store: Store, context: Context, build_dir: Path, *, keep_failed: bool = False
+    ) -> None:
+        self.profile = profile
+        self.store = store
+        self.context = context
+        self.product_dir = build_dir / profile.name
+        self.keep_failed = keep_failed
+        self._failed = threading.Event()
+
+    def run(self, planned: Sequence[Planned]) -> dict[str, Output]:
+        """Build what is missing and return every stage's output. Raises the first stage's error."""
+        check_space(planned, self.store.directory)
+        allow_start()
+        (self.product_dir / "logs").mkdir(parents=True, exist_ok=True)
+        done: dict[str, Output] = {item.stage.name: item.output for item in planned if item.output}
+        waiting = {item.stage.name: item for item in planned if not item.output}
+        running: dict[Future[Output], str] = {}
+        with ThreadPoolExecutor(max_workers=max(2, len(planned))) as pool:
+            try:
+                while waiting or running:
+                    for name in [n for n, item in waiting.items() if self._ready(item, planned, done)]:
+                        running[pool.submit(self._build, waiting.pop(name), dict(done))] = name
+                    finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        done[running.pop(future)] = future.result()
+            except BaseException:
+                # The other stages' programs are ended, so that their threads end too and nothing is left running.
+                self._failed.set()
+                stop_all()
+                raise
+        self._publish(done)
+        return done
+
+    def _ready(self, item: Planned, planned: Sequence[Planned], done: Mapping[str, Output]) -> bool:
+        present = {other.stage.name for other in planned}
+        return all(name in done for name in item.stage.needs if name in present)
+
+    def _build(self, item: Planned, done: Mapping[str, Output]) -> Output:
+        name, key = item.stage.name, item.key
+        with self.store.lock(name, key):
+            if (output := self.store.get(name, key)) is not None:
+                return output
+            if self._failed.is_set():
+                raise StageError(f"{name} was not started: another stage failed")
+            with reporter.step(name):
+                return self._build_locked(item, done)
+
+    def _build_locked(self, item: Planned, done: Mapping[str, Output]) -> Output:
+        name, key = item.stage.name, item.key
+        folder = self.store.fresh_work_dir(name, key)
+        log = self.product_dir / "logs" / f"{name}.log"
+        log.write_text("")
+        for part in ("out", "scratch"):
+            (folder / part).mkdir()
+        upstream = {need: done[need].directory for need in item.stage.needs if need in done}
+        started = time.monotonic()
+        try:
+            item.stage.build(item.inputs, Work(folder / "out", folder / "scratch", log, self.context, upstream))
+            return self.store.commit(
+                name, key, folder, label=self.profile.name, inputs=item.inputs, seconds=time.monotonic() - started
+            )
+        except OSError as error:
+            self._discard(folder)
+            if error.errno == 28:
+                raise SpaceError(
+                    f"{name}: the disk is full ({folder})", hint="recvirt clean --dry-run shows what the cache holds"
+                ) from error
+            raise StageError(f"{name}: {error}", hint=f"the log: {log}") from error
+        except BaseException:
+            self._discard(folder)
+            raise
+
+    def _discard(self, folder: Path) -> None:
+        if self.keep_failed:
+            reporter.warn(f"kept for a look: {folder}")
+        elif folder.exists():
+            remove_tree(folder)
+
+    def _publish(self, done: Mapping[str, Output]) -> None:
+        for stage, patterns in PRODUCTS.items():
+            if stage not in done:
+                continue
+            for pattern in patterns:
+                for source in sorted(done[stage].directory.glob(pattern)):
+                    if source.name != "manifest.json":
+                        name = source.name if stage == "image" else f"{stage}-{source.name}"
+                        link_or_copy(source, self.product_dir / name)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make ``target`` the same content as ``source``: a hard link where the file system allows, else a copy.
+
+    Cached files are read-only, so that a write through the link can't damage the cache. Replaced atomically.
+    """
+    if target.exists() and target.stat().st_ino == source.stat().st_ino:
+        return
+    source.chmod(0o444)
+    partial = target.with_name(f".{target.name}.part")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:
+        shutil.copyfile(source, partial)
+    partial.replace(target)
+
+
+def check_space(planned: Sequence[Planned], directory: Path) -> None:
+    """Raise SpaceError before anything starts if the cache's disk can't hold what is about to be built."""
+    wanted = 0
+    for item in planned:
+        if item.output is None:
+            estimate = getattr(item.stage, "space_bytes", None)
+            wanted += estimate(item.inputs) if estimate else _DEFAULT_SPACE
+    directory.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory).free
+    if wanted > free:
+        raise SpaceError(
+            f"about {format_bytes(wanted)} are needed below {directory}, {format_bytes(free)} are free",
+            hint="free some room (recvirt clean), or set --cache-dir to a larger disk",
+        )
+
+
+def built_image(profile_name: str, build_dir: Path) -> Path:
+    """The image of a profile that was built before; RecvirtError with the command to run if there is none."""
+    for name in ("disk.qcow2", "disk.raw"):
+        path = build_dir / profile_name / name
+        if path.exists():
+            return path
+    raise RecvirtError(
+        f"there is no image of {profile_name} in {build_dir}", hint=f"build it: recvirt build {profile_name}"
+    )
