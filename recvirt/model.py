@@ -26,7 +26,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.match(text)
     if not match:
         raise ValueError("a size is a whole number with K, M, G or T, as 4G")
-    return int(match[1]) * 1024 ** " KMGT".index(match[2] or " ")
+    return int(match[1]) << (10 * " KMGT".index(match[2] or " "))
 
 
 def _check_size(text: str) -> str:

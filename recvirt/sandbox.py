@@ -3,7 +3,7 @@
 Owns: the command line of ``bwrap`` and the user-namespace mapping. The host's compiler, QEMU, GRUB and mkfs never matter:
 a tools root brings them. The same call works as root and as an ordinary user; mounts vanish with the namespace and every
 process dies with recvirt (``--die-with-parent``, a PID namespace), so nothing is left behind.
-Paths are the same inside and outside. Does not own: how a tools root is made (``stages/tools.py``).
+Paths are the same inside and outside. Does not own: how a tools root is made (``toolsroot.py``).
 """
 
 from __future__ import annotations

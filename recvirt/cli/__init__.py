@@ -87,7 +87,7 @@ class App:
 
     def tools(self, extra: str | None = None) -> ToolsRoot:
         """The tools root, made first if it is not there."""
-        from recvirt.stages.tools import ensure_tools
+        from recvirt.toolsroot import ensure_tools
 
         return ensure_tools(self.store, extra=extra, mirror=self.tools_mirror)
 
