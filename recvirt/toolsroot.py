@@ -33,6 +33,8 @@ PACKAGES = {
         "fdisk", "xfsprogs", "btrfs-progs", "qemu-utils", "busybox-static",
     ),
     "vm": ("qemu-system-x86", "ovmf", "ipxe-qemu", "openssh-client"),
+    # Static programs of 50 kB that run with any suite's libc, as init, and in an L2.
+    "guest programs": ("musl-tools",),
 }  # fmt: skip
 #: Optional sets for named checks: a tools root of its own each, because few people want them.
 EXTRAS: dict[str, tuple[str, ...]] = {
