@@ -57,13 +57,15 @@ class ToolsRoot:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         cover: Mapping[Path, Path] | None = None,
+        writable_at: Mapping[Path, Path] | None = None,
     ) -> list[str]:
         """The host command that runs ``command`` inside.
 
         ``writable`` and ``readable`` are host paths bound at the same place. ``network`` shares the host's network
         (else there is only a loopback). ``all_ids`` maps the whole sub-id range of an ordinary user, which work on
         trees with several owners needs (newuidmap(1), package uidmap); without it only uid 0 exists inside.
-        ``devices`` are bound with access, as ``/dev/kvm``. ``cover`` binds host files over paths of the tree.
+        ``devices`` are bound with access, as ``/dev/kvm``. ``cover`` binds host files and folders
+        (read-only) over paths of the tree; ``writable_at`` does it writably, for builds whose bytes depend on where they run.
         """
         words: list[str] = []
         if all_ids:
@@ -87,6 +89,8 @@ class ToolsRoot:
             words += ["--ro-bind", str(path), str(path)]
         for path in writable:
             words += ["--bind", str(path), str(path)]
+        for inside, outside in (writable_at or {}).items():
+            words += ["--bind", str(outside), str(inside)]
         for inside, outside in (cover or {}).items():
             words += ["--ro-bind", str(outside), str(inside)]
         words += ["--chdir", str(cwd or "/")]
@@ -126,6 +130,7 @@ class ToolsRoot:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         cover: Mapping[Path, Path] | None = None,
+        writable_at: Mapping[Path, Path] | None = None,
         input_text: str | None = None,
         log_path: Path | None = None,
         check: bool = True,
@@ -137,7 +142,7 @@ class ToolsRoot:
         """Run ``command`` inside to its end; see :meth:`argv` for the sandbox and :func:`recvirt.run.run` for the rest."""
         words = self.argv(
             command, writable=writable, readable=readable, network=network, all_ids=all_ids, devices=devices,
-            cwd=cwd, env=env, cover=cover,
+            cwd=cwd, env=env, cover=cover, writable_at=writable_at,
         )  # fmt: skip
         return run(
             words, input_text=input_text, log_path=log_path, check=check, ok_statuses=ok_statuses,
