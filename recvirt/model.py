@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 #: What a name that ends up in file names, unit names and kernel command lines may look like.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._+-]{0,62}$")]
@@ -40,8 +40,50 @@ def _one_line(text: str) -> str:
     return text
 
 
+def _number_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+_PRIVATE_KEY = re.compile(r"PRIVATE KEY")
+_PUBLIC_KEY = re.compile(r"^((ssh|ecdsa|sk-ssh|sk-ecdsa)-[a-z0-9@.-]+) [A-Za-z0-9+/]+={0,3}( .*)?$")
+
+
+def _check_ssh_key(text: str) -> str:
+    if _PRIVATE_KEY.search(text):
+        raise ValueError("this is a private key: an image gets the public one (the .pub file's line)")
+    if not _PUBLIC_KEY.match(text):
+        raise ValueError("must be a public key as in a .pub file: type, a space, base64, and perhaps a comment")
+    return text
+
+
+def _check_url(text: str) -> str:
+    if not re.match(r"^(https?|file|copy)://?[^\s\"'<>\\]+$", text):
+        raise ValueError("must be a URL (http://, https://, file:/) without blanks or quotes")
+    return text
+
+
 Size = Annotated[str, AfterValidator(_check_size)]
 Line = Annotated[str, AfterValidator(_one_line)]
+Url = Annotated[str, AfterValidator(_check_url)]
+SshKey = Annotated[str, AfterValidator(_one_line), AfterValidator(_check_ssh_key)]
+#: Text that a person may also write as a whole number.
+Scalar = Annotated[
+    str,
+    BeforeValidator(_number_as_text),
+    AfterValidator(_one_line),
+    Field(json_schema_extra={"type": ["string", "integer"]}),
+]
+PackageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9+.-]+(/[a-z0-9-]+)?$")]
+UnitName = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9:_.@\\-]+\.(service|socket|timer|mount|path|target|slice)$")
+]
+SysctlKey = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_][A-Za-z0-9_./*-]*$")]
+# The loader makes these absolute (relative ones are relative to the profile's file) and checks that they exist.
+FilePath = Annotated[str, AfterValidator(_one_line), Field(json_schema_extra={"format": "recvirt-file"})]
+FolderPath = Annotated[str, AfterValidator(_one_line), Field(json_schema_extra={"format": "recvirt-folder"})]
+#: A shipped name or, with a slash in it, the path of a fragment or list of one's own (see ``data.fragment_path``).
+FragmentRef = Annotated[str, AfterValidator(_one_line), Field(json_schema_extra={"format": "recvirt-fragment"})]
+PackageListRef = Annotated[str, AfterValidator(_one_line), Field(json_schema_extra={"format": "recvirt-package-list"})]
 
 
 class Model(BaseModel):
@@ -67,18 +109,12 @@ class KernelPackage(Model):
 
 
 class KernelTarball(Model):
-    """A release tarball by URL; the digest is required, a detached OpenPGP signature over the uncompressed tar is checked when given."""
+    """A release tarball by URL. The digest is required; a detached signature over the uncompressed tar is optional."""
 
-    url: Line
+    url: Url
     sha256: Sha256
-    signature_url: Line | None = None
-    keyring: str | None = None
-
-    @model_validator(mode="after")
-    def _both_or_neither(self) -> KernelTarball:
-        if (self.signature_url is None) != (self.keyring is None):
-            raise ValueError("signature_url and keyring go together")
-        return self
+    signature_url: Url | None = None
+    keyring: FilePath | None = None
 
 
 class Kernel(Model):
@@ -87,12 +123,12 @@ class Kernel(Model):
     source: Literal["package", "tarball", "tree", "debian"] = "package"
     package: KernelPackage = KernelPackage()
     tarball: KernelTarball | None = None
-    tree: str | None = Field(default=None, description="a local source tree or git checkout")
-    patches: tuple[str, ...] = Field(default=(), description="patch files applied in order (-p1)")
+    tree: FolderPath | None = Field(default=None, description="a local source tree or git checkout")
+    patches: tuple[FilePath, ...] = Field(default=(), description="patch files applied in order (-p1)")
     debian_package: str = Field(default="linux-image-cloud-amd64", pattern=r"^linux-image-[a-z0-9.+-]+$")
     localversion: str = Field(default="-recvirt", pattern=r"^-[a-z0-9-]{1,20}$")
-    fragments: tuple[Name, ...] = Field(default=(), description="names in kernel-configs/, in merge order")
-    overrides: dict[Symbol, str] = Field(
+    fragments: tuple[FragmentRef, ...] = Field(default=(), description="names in kernel-configs/, in merge order")
+    overrides: dict[Symbol, Scalar] = Field(
         default_factory=dict, description="SYMBOL: value that wins over the fragments, declared on purpose"
     )
     allow: tuple[Allowance, ...] = ()
@@ -103,28 +139,22 @@ class Kernel(Model):
     def _shorthand(cls, value: Any) -> Any:
         return {"source": "debian"} if value == "debian" else value
 
-    @model_validator(mode="after")
-    def _source_is_given(self) -> Kernel:
-        if self.source in ("tarball", "tree") and getattr(self, self.source) is None:
-            raise ValueError(f"source is {self.source}, but kernel.{self.source} is not set")
-        return self
-
 
 class User(Model):
     """A login. There are no passwords: keys come from here, or from the cloud through cloud-init."""
 
     name: UserName
     groups: tuple[UserName, ...] = ()
-    ssh_keys: tuple[Line, ...] = ()
+    ssh_keys: tuple[SshKey, ...] = ()
     sudo: bool = False
     shell: str = Field(default="/bin/bash", pattern=r"^/[A-Za-z0-9/._-]+$")
 
 
 class Hook(Model):
-    """A script of the profile. ``host`` runs on the build host with the tree's path in $1; ``chroot`` inside the tree."""
+    """A script of the profile: ``host`` runs on the build host with the tree's path in $1, ``chroot`` in the tree."""
 
     where: Literal["host", "chroot"]
-    path: str
+    path: FilePath
 
 
 class Mount(Model):
@@ -145,34 +175,36 @@ class CloudInit(Model):
     """cloud-init: which datasources it may try, in order."""
 
     enabled: bool = True
-    datasources: tuple[str, ...] = ("NoCloud", "ConfigDrive", "Ec2", "GCE", "Azure", "OpenStack", "VMware", "None")
+    datasources: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]+$")], ...] = (
+        "NoCloud", "ConfigDrive", "Ec2", "GCE", "Azure", "OpenStack", "VMware", "None",
+    )  # fmt: skip
 
 
 class Root(Model):
     """The Debian tree inside the image."""
 
     suite: Literal["trixie", "bookworm", "sid"] = "trixie"
-    mirror: Line | None = Field(default=None, description="archive URL; unset: the bootstrapper's own default")
+    mirror: Url | None = Field(default=None, description="archive URL; unset: the bootstrapper's own default")
     components: tuple[Name, ...] = ("main",)
     snapshot: str | None = Field(default=None, pattern=r"^\d{8}T\d{6}Z$", description="a snapshot archive's timestamp")
-    snapshot_mirror: Line | None = Field(default=None, description="base URL of the snapshot archive")
-    keyring: str | None = Field(default=None, description="keyring that signs the mirror; unset: Debian's own")
+    snapshot_mirror: Url | None = Field(default=None, description="base URL of the snapshot archive")
+    keyring: FilePath | None = Field(default=None, description="keyring that signs the mirror; unset: Debian's own")
     bootstrapper: Literal["mmdebstrap", "debootstrap"] = "mmdebstrap"
-    package_lists: tuple[Name, ...] = ()
-    packages: tuple[str, ...] = Field(default=(), description="packages besides those of the lists")
+    package_lists: tuple[PackageListRef, ...] = Field(default=(), description="names in package-lists/")
+    packages: tuple[PackageName, ...] = Field(default=(), description="packages besides those of the lists")
     hostname: HostName = "recvirt"
     locale: str = Field(default="C.UTF-8", pattern=r"^[A-Za-z0-9_.@-]+$")
     timezone: str = Field(default="Etc/UTC", pattern=r"^[A-Za-z0-9_+/-]+$")
     users: tuple[User, ...] = ()
-    overlays: tuple[str, ...] = Field(default=(), description="folders copied over the tree, in order")
+    overlays: tuple[FolderPath, ...] = Field(default=(), description="folders copied over the tree, in order")
     hooks: tuple[Hook, ...] = ()
     cloud_init: CloudInit = CloudInit()
     nfs: Nfs | None = None
     nested: bool = Field(default=True, description="kvm_intel.nested=1, kvm_amd.nested=1")
     modules: tuple[Name, ...] = Field(default=(), description="kernel modules loaded at boot")
-    sysctl: dict[str, Line] = Field(default_factory=dict)
-    services: tuple[str, ...] = Field(default=(), description="units enabled besides the packages' own presets")
-    masked: tuple[str, ...] = Field(default=(), description="units that never run")
+    sysctl: dict[SysctlKey, Scalar] = Field(default_factory=dict)
+    services: tuple[UnitName, ...] = Field(default=(), description="units enabled besides the packages' own presets")
+    masked: tuple[UnitName, ...] = Field(default=(), description="units that never run")
     journal_max: Size = "64M"
     unattended_upgrades: bool = False
     console_autologin: UserName | None = Field(
