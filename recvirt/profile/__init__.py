@@ -14,7 +14,14 @@ from typing import Any
 from recvirt.errors import ConfigError
 from recvirt.model import Profile
 from recvirt.profile.check import locate, origins_of, validate
-from recvirt.profile.layers import find_profile, load_layers, profile_names, read_override, unknown_profile
+from recvirt.profile.layers import (
+    find_profile,
+    load_layers,
+    profile_names,
+    read_override,
+    shown_path,
+    unknown_profile,
+)
 from recvirt.profile.merge import merge
 from recvirt.profile.nodes import Node, Origin
 from recvirt.profile.schema import file_schema
@@ -68,7 +75,7 @@ def load_profile(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Loa
     for mapping in (*layers.mappings, *(n for text in overrides if (n := read_override(text, problems)))):
         root = merge(root, mapping, _defaults(), problems)
     if "name" not in root.value:
-        root.value["name"] = Node(path.stem, Origin(str(path), 0, path.parent))
+        root.value["name"] = Node(path.stem, Origin(shown_path(path), 0, path.parent))
     root, missing = locate(root)
     model, faults = validate(root)
     problems += missing + faults
