@@ -1,0 +1,206 @@
+"""A running virtual machine: started, watched, waited for, and surely ended.
+
+Everything a VM leaves lies in its own folder; QEMU dies with recvirt (``setpriv --pdeathsig``, bwrap's
+``--die-with-parent``), also when recvirt itself is killed.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import Popen
+
+from recvirt import run as runner
+from recvirt.errors import CommandError, GuestError
+from recvirt.qemu.argv import (
+    CONSOLE_LOG,
+    OVMF_VARIABLES,
+    QMP_SOCKET,
+    UEFI_VARIABLES,
+    MachineSpec,
+    qemu_argv,
+)
+from recvirt.qemu.probe import KVM_DEVICE
+from recvirt.qemu.qmp import QmpClient, QmpError, connect_unix, parse_forwards
+from recvirt.qemu.ssh import SshAccess
+from recvirt.sandbox import ToolsRoot
+
+QEMU_LOG = "qemu.log"
+_POLL_SECONDS = 0.25
+_TAIL_LINES = 25
+_ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|\][^\x07]*\x07|[()][A-Z0-9]|[=>c78])")
+
+
+def clean_console(raw: bytes) -> str:
+    """Console output as plain text: terminal escapes and carriage returns taken out."""
+    return _ESCAPES.sub("", raw.decode("utf-8", "replace")).replace("\r", "").replace("\0", "")
+
+
+class Vm:
+    """One running guest. Made by :func:`running`."""
+
+    def __init__(self, folder: Path, spec: MachineSpec, process: Popen[bytes]) -> None:
+        self.folder = folder
+        self.spec = spec
+        self.process = process
+        self.started = time.monotonic()
+        self._mark = 0
+        try:
+            self.qmp = QmpClient.over_socket(self._connect(QMP_SOCKET))
+        except OSError:
+            raise self.error("QEMU's control socket did not appear") from None
+        except QmpError as error:
+            raise self.error(error.message) from None
+
+    def _connect(self, name: str) -> socket.socket:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return connect_unix(self.folder, name, seconds=0.5)
+            except OSError:
+                self.check_alive()
+                if time.monotonic() > deadline:
+                    raise
+
+    @property
+    def console_path(self) -> Path:
+        """The log of the serial console."""
+        return self.folder / CONSOLE_LOG
+
+    def console_text(self, *, since_mark: bool = False) -> str:
+        """What the serial console has shown so far, as plain text."""
+        try:
+            raw = self.console_path.read_bytes()
+        except FileNotFoundError:
+            raw = b""
+        return clean_console(raw[self._mark if since_mark else 0 :])
+
+    def mark(self) -> None:
+        """Forget what the console has shown: :meth:`wait_for` looks only at what comes after (say, a reboot)."""
+        self._mark = self.console_path.stat().st_size if self.console_path.exists() else 0
+
+    def error(self, message: str) -> GuestError:
+        """A GuestError with the last lines of the console and of QEMU itself."""
+        lines = [f"  | {line}" for line in self.console_text().splitlines() if line.strip()][-_TAIL_LINES:]
+        log = self.folder / QEMU_LOG
+        qemu = log.read_text(errors="replace").strip().splitlines()[-5:] if log.exists() else []
+        text = message + ("\n  last lines of the console:\n" + "\n".join(lines) if lines else "; its console is empty")
+        text += "".join(f"\n  QEMU: {line}" for line in qemu)
+        return GuestError(text, hint=f"the whole console log: {self.console_path}")
+
+    def check_alive(self) -> None:
+        """GuestError when QEMU has ended."""
+        status = self.process.poll()
+        if status is not None:
+            raise self.error(f"the virtual machine ended by itself (QEMU's status {status})")
+
+    def wait_until(self, done: Callable[[], bool], seconds: float, what: str) -> float:
+        """Poll ``done`` until it holds; returns the seconds it took. GuestError when QEMU dies or time is up."""
+        started = time.monotonic()
+        while True:
+            if done():
+                return time.monotonic() - started
+            self.check_alive()
+            if time.monotonic() - started > seconds:
+                raise self.error(f"{what} did not come in {seconds:.0f} s")
+            time.sleep(_POLL_SECONDS)
+
+    def wait_for(self, pattern: str, seconds: float) -> str:
+        """Wait for a regular expression on the serial console (after the last :meth:`mark`); returns what matched."""
+        compiled = re.compile(pattern)
+        found: list[str] = []
+
+        def look() -> bool:
+            match = compiled.search(self.console_text(since_mark=True))
+            found.extend([match[0]] if match else [])
+            return match is not None
+
+        self.wait_until(look, seconds, f"“{pattern}” on the console")
+        return found[-1]
+
+    def host_port(self, guest_port: int) -> int:
+        """The host's port that leads to ``guest_port``. QEMU itself bound a free one, so nobody races for it."""
+        text = self.qmp.execute("human-monitor-command", {"command-line": "info usernet"})
+        try:
+            return parse_forwards(text)[guest_port]
+        except KeyError:
+            raise GuestError(f"no port of the host leads to the guest's port {guest_port}") from None
+
+    def ssh(self, user: str, key: Path) -> SshAccess:
+        """SSH access to this guest (written, not yet tried)."""
+        return SshAccess(self.folder, self.host_port(22), user, key).write()
+
+    def wait_ssh(self, access: SshAccess, seconds: float) -> float:
+        """Wait until ``access`` can run a command; returns the seconds it took."""
+
+        def try_login() -> bool:
+            if not access.banner():
+                return False
+            try:
+                return access.run("true", check=False, seconds=120).status == 0
+            except CommandError:
+                return False
+
+        return self.wait_until(try_login, seconds, f"an SSH login as {access.user}")
+
+    def wait_end(self, seconds: float) -> None:
+        """Wait until QEMU has ended by itself, which the guest asked for."""
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None:
+            if time.monotonic() > deadline:
+                raise self.error(f"the guest did not power off in {seconds:.0f} s")
+            time.sleep(_POLL_SECONDS)
+
+    def powerdown(self, seconds: float) -> None:
+        """Press the power button and wait for an orderly end."""
+        self.qmp.execute("system_powerdown")
+        self.wait_end(seconds)
+
+    def power_cut(self) -> None:
+        """End the machine from one instruction to the next; the guest learns nothing of it."""
+        self.qmp.execute("quit")
+        self.wait_end(60)
+
+    def reset(self) -> None:
+        """The reset button."""
+        self.qmp.execute("system_reset")
+
+
+@contextmanager
+def running(tools: ToolsRoot, spec: MachineSpec, folder: Path) -> Iterator[Vm]:
+    """Start ``spec`` with ``folder`` for its logs and sockets; whatever happens, QEMU is gone at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _prepare(tools, spec, folder)
+    writable, readable = _bound_paths(spec)
+    argv = tools.argv(
+        qemu_argv(spec), writable=[folder, *writable], readable=readable, network=True, cwd=folder,
+        devices=[KVM_DEVICE] if spec.accelerator == "kvm" else [],
+    )  # fmt: skip
+    with (folder / QEMU_LOG).open("wb") as log:
+        process = runner.start(argv, stdout=log.fileno())
+    try:
+        yield Vm(folder, spec, process)
+    finally:
+        runner.stop(process)
+        (folder / QMP_SOCKET).unlink(missing_ok=True)
+
+
+def _prepare(tools: ToolsRoot, spec: MachineSpec, folder: Path) -> None:
+    for name in (QMP_SOCKET, CONSOLE_LOG):
+        (folder / name).unlink(missing_ok=True)
+    variables = folder / UEFI_VARIABLES
+    if spec.firmware == "uefi" and not variables.exists():
+        variables.write_bytes((tools.rootfs / OVMF_VARIABLES.lstrip("/")).read_bytes())
+
+
+def _bound_paths(spec: MachineSpec) -> tuple[list[Path], list[Path]]:
+    """Folders that QEMU writes in, and files that it reads: all that the sandbox lets it see."""
+    writable = [disk.path.parent for disk in spec.disks if not disk.read_only]
+    readable = [disk.path for disk in spec.disks if disk.read_only]
+    readable += [path for disk in spec.disks for path in disk.backing]
+    readable += [path for path in (spec.kernel, spec.initrd) if path is not None]
+    return sorted(set(writable)), readable
