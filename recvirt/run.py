@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, BinaryIO
 
 from recvirt.errors import CommandError, MissingToolError, RecvirtError, SpaceError
 from recvirt.ui import reporter
@@ -163,10 +164,12 @@ def run(
     ok_statuses: Sequence[int] = (0,),
     timeout_seconds: float | None = None,
     on_line: Callable[[str], None] | None = None,
+    feed: Callable[[BinaryIO], None] | None = None,
     hint: str = "",
 ) -> Completed:
     """Run a program to its end, quietly; show what it said only if it failed.
 
+    ``feed`` writes the program's standard input from a thread of its own (large streams); it needs ``log_path``.
     Without ``log_path`` stdout and stderr are captured apart and returned. With it both are appended to that file
     as they come (``stdout`` of the result then is empty), each line also given to ``on_line``.
     Raises CommandError (with the last lines) unless the status is in ``ok_statuses`` or ``check`` is off.
@@ -175,9 +178,9 @@ def run(
     if log_path is None and on_line is None:
         return _run_captured(argv, cwd, env, input_text, check, ok_statuses, timeout_seconds, hint)
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
-    process = start(
-        argv, cwd=cwd, env=env, stdin=subprocess.PIPE if input_text is not None else subprocess.DEVNULL
-    )
+    piped = input_text is not None or feed is not None
+    process = start(argv, cwd=cwd, env=env, stdin=subprocess.PIPE if piped else subprocess.DEVNULL)
+    feeder = _Feeder(process, feed) if feed is not None else None
     timer = threading.Timer(timeout_seconds, stop, (process,)) if timeout_seconds else None
     try:
         if timer:
@@ -191,9 +194,38 @@ def run(
         if timer:
             timer.cancel()
         stop(process)
+    if feeder is not None:
+        feeder.finish()
     if check and status not in ok_statuses:
         raise _blame(argv, status, log_path, list(tail), hint)
     return Completed(tuple(argv), status, "", "\n".join(tail))
+
+
+class _Feeder:
+    """Writes a program's standard input while its output is read elsewhere."""
+
+    def __init__(self, process: subprocess.Popen[bytes], feed: Callable[[BinaryIO], None]) -> None:
+        assert process.stdin is not None
+        self._stream: IO[bytes] = process.stdin
+        self._feed = feed
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._write, daemon=True)
+        self._thread.start()
+
+    def _write(self) -> None:
+        try:
+            with self._stream as stream:
+                self._feed(stream)  # type: ignore[arg-type]
+        except BrokenPipeError:
+            pass  # the program ended early: its status tells why
+        except BaseException as error:  # handed to whoever waits
+            self._error = error
+
+    def finish(self) -> None:
+        """Wait for the last byte; raise what went wrong while writing."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 def _copy_lines(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 from recvirt.run import Completed, find_tool, minimal_env, run
 
@@ -137,6 +138,7 @@ class ToolsRoot:
         ok_statuses: Sequence[int] = (0,),
         timeout_seconds: float | None = None,
         on_line: Callable[[str], None] | None = None,
+        feed: Callable[[BinaryIO], None] | None = None,
         hint: str = "",
     ) -> Completed:
         """Run ``command`` inside to its end; see :meth:`argv` for the sandbox and :func:`recvirt.run.run` for the rest."""
@@ -146,5 +148,5 @@ class ToolsRoot:
         )  # fmt: skip
         return run(
             words, input_text=input_text, log_path=log_path, check=check, ok_statuses=ok_statuses,
-            timeout_seconds=timeout_seconds, on_line=on_line, hint=hint,
+            timeout_seconds=timeout_seconds, on_line=on_line, feed=feed, hint=hint,
         )  # fmt: skip
