@@ -1,0 +1,77 @@
+# What people and CI type. Each target is a thin call of the command line; see README.md.
+#
+#   make image [PROFILE=default] [YES=1]   install what the host lacks (asks; YES=1 does not), build the profile
+#   make test  [PROFILE=default] [YES=1]   = make check + make acceptance
+.POSIX:
+PROFILE = default
+VENV = .venv
+RECVIRT = $(VENV)/bin/recvirt
+PYTHON = $(VENV)/bin/python
+BUILD_FLAGS =
+TEST_FLAGS =
+
+.PHONY: help host dev image check lint types unit acceptance test bench clean stage-tests \
+	acceptance-deep acceptance-vmx acceptance-matrix acceptance-mutations \
+	image-minimal image-debian-kernel image-kernel-7 image-bookworm image-debug image-bench \
+	acceptance-minimal acceptance-debian-kernel acceptance-kernel-7 acceptance-bookworm
+
+help:
+	@sed -n 's/^#   //p' Makefile
+	@echo "longer ones: stage-tests bench acceptance-deep acceptance-vmx acceptance-matrix acceptance-mutations"
+	@echo "             image-PROFILE and acceptance-PROFILE for minimal debian-kernel kernel-7 bookworm"
+
+host:
+	@VENV="$(VENV)" YES="$(YES)" sh scripts/bootstrap.sh
+
+dev:
+	@VENV="$(VENV)" YES="$(YES)" DEV=1 sh scripts/bootstrap.sh
+
+image: host
+	$(RECVIRT) doctor
+	$(RECVIRT) build $(BUILD_FLAGS) $(PROFILE)
+
+check: lint types unit
+
+lint: dev
+	$(PYTHON) -m ruff check recvirt tests setup.py
+
+types: dev
+	$(PYTHON) -m mypy
+
+unit: dev
+	$(PYTHON) -m pytest -q -n auto tests/unit
+
+acceptance: host
+	$(RECVIRT) test $(TEST_FLAGS) $(PROFILE)
+
+test: check acceptance
+
+stage-tests: dev
+	$(PYTHON) -m pytest -v tests/stages tests/unit -m slow
+	$(PYTHON) -m pytest -v tests/stages -m "not slow"
+
+acceptance-deep: host
+	$(RECVIRT) test --deep $(TEST_FLAGS) $(PROFILE)
+
+acceptance-vmx: host
+	$(RECVIRT) test --vmx $(TEST_FLAGS) $(PROFILE)
+
+acceptance-matrix: host
+	$(RECVIRT) test --matrix $(TEST_FLAGS) $(PROFILE)
+
+acceptance-mutations: dev
+	$(PYTHON) -m pytest -v tests/acceptance
+
+image-minimal image-debian-kernel image-kernel-7 image-bookworm image-debug image-bench: host
+	$(RECVIRT) build $(BUILD_FLAGS) $(@:image-%=%)
+
+acceptance-minimal acceptance-debian-kernel acceptance-kernel-7 acceptance-bookworm: host
+	$(RECVIRT) build $(BUILD_FLAGS) $(@:acceptance-%=%)
+	$(RECVIRT) test $(TEST_FLAGS) $(@:acceptance-%=%)
+
+bench: dev
+	$(PYTHON) benchmarks/run.py
+
+clean:
+	[ ! -x $(RECVIRT) ] || $(RECVIRT) clean
+	rm -rf build/* .cache $(VENV)
