@@ -40,6 +40,8 @@ PACKAGES = {
 EXTRAS: dict[str, tuple[str, ...]] = {
     "bochs": ("bochs", "bochsbios", "vgabios", "bochs-term", "grub-pc-bin", "grub-common", "xorriso", "mtools", "cpio"),
     "nfs-server": ("nfs-ganesha", "nfs-ganesha-vfs"),
+    # What benchmarks/run.py measures against. mkosi's own dependencies bring repart, ukify and the EFI boot loader.
+    "mkosi": ("mkosi", "systemd-boot", "uidmap", "dosfstools", "mtools", "e2fsprogs", "cpio", "zstd", "python3-pefile"),
 }
 
 
