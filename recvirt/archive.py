@@ -1,99 +1,61 @@
 """A Debian archive as apt sees it: which package versions there are now, verified, and how to fetch them.
 
-Owns: an apt state of its own below the cache (never the host's), the sources of a suite, resolution and downloads.
-apt runs inside the tools root; it verifies signatures, validity dates, sizes and hashes. No mirror is named here: unless
-a profile names one, the lines that the bootstrapper wrote into the tools root are rewritten for the suite.
-Does not own: installing anything.
+Owns: an apt state of its own below the cache (never the host's), resolution and downloads. apt runs inside the tools
+root; it verifies signatures, validity dates, sizes and hashes. No mirror is named here: unless a profile names one, the
+lines that the bootstrapper wrote into the tools root are rewritten for the suite.
+Does not own: installing anything, nor apt's languages (``apt.py``).
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import http.client
 import json
-import re
-import urllib.parse
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import os
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from email.utils import formatdate, parsedate_to_datetime
 from pathlib import Path
 
-from recvirt.errors import CommandError, ConfigError, DownloadError, RecvirtError, SpaceError, VerificationError
-from recvirt.sandbox import ToolsRoot
-from recvirt.store import sha256_of
-
-_URI_LINE = re.compile(r"^'(?P<uri>[^']+)' (?P<file>\S+) (?P<size>\d+) SHA256:(?P<sha>[0-9a-f]{64})$")
-_ONE_LINE = re.compile(r"^deb\s+(?:\[(?P<options>[^\]]*)\]\s+)?(?P<uri>\S+)\s+(?P<suite>\S+)\s+(?P<components>.+)$")
-_LACKS = re.compile(
-    r"Unable to locate package|no installation candidate|find any package|unmet dep|' was not found|Can't find", re.I
+from recvirt.apt import (
+    Package,
+    Source,
+    apt_conf,
+    parse_source,
+    parse_uris,
+    sources_lines,
+    translate_apt_error,
 )
-#: Suites without -updates and -security.
-_ROLLING = ("sid", "unstable", "experimental")
+from recvirt.errors import CommandError, ConfigError, DownloadError, VerificationError
+from recvirt.sandbox import ToolsRoot
+from recvirt.store import remove_tree, sha256_of
+from recvirt.trust import ca_bundle
+from recvirt.ui import format_bytes, reporter
+
+__all__ = ["Archive", "Package", "forget_updates", "parse_uris", "sources_lines", "translate_apt_error"]
+
+#: A download may be this slow before it is given up (apt itself gives up on silence much earlier).
+_SLOWEST_BYTES_PER_SECOND = 20_000
+_ASK_TIMEOUT_SECONDS = 5.0
+#: Where a profile's keyring is seen inside the sandbox: source lines can't hold paths with spaces.
+_KEYRING_INSIDE = "/tmp/recvirt-keyring"
+
+_updated: set[Path] = set()
+_update_locks: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
 
 
-@dataclass(frozen=True)
-class Package:
-    """One binary package of an archive, pinned by its digest. ``file`` is apt's name for the cached .deb."""
-
-    name: str
-    version: str
-    arch: str
-    sha256: str
-    size_bytes: int
-    file: str
-    uri: str
-
-    @property
-    def pin(self) -> str:
-        """What goes into cache keys."""
-        return f"{self.name}={self.version} {self.arch} {self.sha256}"
-
-
-def sources_lines(
-    default_lines: Sequence[str],
-    suite: str,
-    *,
-    mirror: str | None = None,
-    components: Sequence[str] = ("main",),
-    snapshot: str | None = None,
-    snapshot_mirror: str | None = None,
-    keyring: Path | None = None,
-) -> list[str]:
-    """The one-line-style sources of ``suite`` (sources.list(5)).
-
-    ``default_lines`` are the bootstrapper's own for a stable suite: main, -updates and -security, in any order.
-    ``suite`` may be ``<name>-backports``: its base suite comes along. With ``mirror`` only that archive is used (its
-    ``-updates`` and ``-security`` live in other archives, which the profile's author chose to leave out).
-    """
-    base = suite.removesuffix("-backports")
-    options = [f"signed-by={keyring}"] if keyring else []
-    wanted = " ".join(components)
-    if snapshot:
-        if not (snapshot_mirror or mirror):
-            raise ConfigError(
-                "root.snapshot is set, but no snapshot archive is known",
-                hint="set root.snapshot_mirror to the base URL below which the timestamps lie",
-            )
-        mirror = f"{(snapshot_mirror or mirror or '').rstrip('/')}/{snapshot}"
-        # A snapshot's Release file is past its Valid-Until by design; the signature is still checked.
-        options.append("check-valid-until=no")
-    prefix = f"deb [{' '.join(options)}] " if options else "deb "
-    if mirror:
-        suites = [base] if base == suite else [base, suite]
-        return [f"{prefix}{mirror} {name} {wanted}" for name in suites]
-    lines = []
-    for line in default_lines:
-        match = _ONE_LINE.match(line.strip())
-        if not match:
-            continue
-        stem, dash, pocket = match["suite"].partition("-")
-        if base in _ROLLING and dash:
-            continue
-        lines.append(f"{prefix}{match['uri']} {base}{dash}{pocket} {wanted}")
-        if not dash and base != suite:
-            lines.append(f"{prefix}{match['uri']} {suite} {wanted}")
-    if not lines:
-        raise RecvirtError("the tools root names no archive", hint="recvirt clean --tools, then build again")
-    return lines
+def forget_updates() -> None:
+    """Ask the mirrors again: within one plan an archive is looked at once, so that all stages see the same state."""
+    _updated.clear()
 
 
 class Archive:
@@ -111,61 +73,130 @@ class Archive:
         snapshot_mirror: str | None = None,
         keyring: Path | None = None,
         offline: bool = False,
+        timeout_seconds: int = 30,
+        retries: int = 3,
     ) -> None:
         default = (tools.rootfs / "etc/apt/sources.list").read_text().splitlines()
+        if keyring and not keyring.is_file():
+            raise ConfigError(f"the keyring {keyring} does not exist", hint="correct root.keyring")
+        inside = Path(_KEYRING_INSIDE + (".asc" if keyring.suffix == ".asc" else ".gpg")) if keyring else None
         self.suite = suite
         self.lines = sources_lines(
             default, suite, mirror=mirror, components=components, snapshot=snapshot,
-            snapshot_mirror=snapshot_mirror, keyring=keyring,
+            snapshot_mirror=snapshot_mirror, keyring=inside,
         )  # fmt: skip
         identity = "\n".join([*self.lines, sha256_of(keyring) if keyring else ""])
         self.state_dir = cache_dir / "apt" / f"{suite}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
         self.debs_dir = cache_dir / "debs"
+        self._conf = apt_conf(self.state_dir, timeout_seconds=timeout_seconds, retries=retries)
         self._tools = tools
-        self._keyring = keyring
+        self._cover = {inside: keyring} if inside and keyring else {}
         self._offline = offline
-        self._fresh = False
 
-    # -- apt ------------------------------------------------------------------------------------------------------
+    # -- apt ----------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Two builds may ask at once; apt itself would fail on its lock instead of waiting."""
+        with (self.state_dir / "recvirt.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _prepare(self) -> None:
         for name in ("lists/partial", "cache/archives/partial"):
             (self.state_dir / name).mkdir(parents=True, exist_ok=True)
         self.debs_dir.mkdir(parents=True, exist_ok=True)
-        (self.state_dir / "status").touch()
-        (self.state_dir / "sources.list").write_text("\n".join(self.lines) + "\n")
-        (self.state_dir / "apt.conf").write_text(apt_conf(self.state_dir))
+        contents = {"status": "", "sources.list": "\n".join(self.lines) + "\n", "apt.conf": self._conf}
+        with self._locked():
+            for name, text in contents.items():
+                path = self.state_dir / name
+                if not path.exists() or path.read_text() != text:
+                    path.write_text(text)
 
-    def _apt(self, *words: str, network: bool = False, cwd: Path | None = None) -> str:
-        readable = [self._keyring] if self._keyring else []
-        # Two builds may ask at once; apt itself would fail on its lock instead of waiting.
-        with (self.state_dir / "recvirt.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
-                return self._tools.run(
-                    words,
-                    writable=[self.state_dir, self.debs_dir],
-                    readable=readable,
-                    network=network,
-                    cwd=cwd,
-                    env={"APT_CONFIG": str(self.state_dir / "apt.conf")},
-                    timeout_seconds=900,
-                ).stdout
-            except CommandError as error:
-                raise translate_apt_error(error, self.suite) from error
+    def _apt(self, *words: str, network: bool = False, cwd: Path | None = None, timeout_seconds: float = 900) -> str:
+        try:
+            return self._tools.run(
+                words,
+                writable=[self.state_dir, self.debs_dir],
+                cover=self._cover,
+                network=network,
+                cwd=cwd,
+                env={"APT_CONFIG": str(self.state_dir / "apt.conf")},
+                timeout_seconds=timeout_seconds,
+            ).stdout
+        except CommandError as error:
+            raise translate_apt_error(error, self.suite) from error
+
+    # -- the state of the archive -------------------------------------------------------------------------------------
 
     def update(self) -> None:
-        """Fetch the signed release files and indexes that changed (once a process). Offline: what is there must do."""
-        if self._fresh:
+        """Fetch the signed release files and indexes that changed. Offline: what is there must do.
+
+        Looked at once until :func:`forget_updates`, however many ask.
+        """
+        with _update_locks[self.state_dir]:
+            if self.state_dir in _updated:
+                return
+            self._prepare()
+            with self._locked():
+                self._update_locked()
+            _updated.add(self.state_dir)
+
+    def _update_locked(self) -> None:
+        # The stamp tells a whole state from one that a killed update left.
+        stamp = self.state_dir / "updated.json"
+        whole = stamp.exists() and stamp.read_text() == self._picture()
+        if self._offline:
+            if not whole:
+                raise DownloadError(
+                    f"offline, and the indexes of {self.suite} were never fetched whole",
+                    hint="build once without --offline",
+                )
             return
-        self._prepare()
-        if not self._offline:
-            self._apt("apt-get", "-qq", "-o", "APT::Update::Error-Mode=any", "update", network=True)
-        elif not list((self.state_dir / "lists").glob("*Release")):
-            raise DownloadError(
-                f"offline, and the indexes of {self.suite} were never fetched", hint="build once without --offline"
-            )
-        self._fresh = True
+        if whole and self._is_current():
+            return
+        self._apt("apt-get", "-qq", "-o", "APT::Update::Error-Mode=any", "update", network=True)
+        if stamp.exists():
+            # What was worked out from an earlier state is of no more use.
+            for memory in self.state_dir.glob("resolved-*.json"):
+                memory.unlink(missing_ok=True)
+        _write_whole(stamp, self._picture())
+
+    def _picture(self) -> str:
+        """What the lists folder looks like after a whole update, and which programs and keys verified it."""
+        lists = sorted((self.state_dir / "lists").iterdir())
+        facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in lists if p.is_file() and p.name != "lock"]
+        return json.dumps([facts, self._tools.version_of("apt", "sqv", "gpgv", "debian-archive-keyring")])
+
+    def _is_current(self) -> bool:
+        """Whether every signed release file is still the one that apt verified: then an update would change nothing."""
+        sources = [source for source in map(parse_source, self.lines) if source]
+        try:
+            context = ssl.create_default_context(cafile=str(ca_bundle() or "") or None)
+        except OSError:
+            return False
+        opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=context))
+        with ThreadPoolExecutor(max(1, len(sources))) as pool:
+            return all(pool.map(lambda source: self._is_unchanged(source, opener), sources))
+
+    def _is_unchanged(self, source: Source, opener: urllib.request.OpenerDirector) -> bool:
+        path = self.state_dir / "lists" / source.release_file
+        if not path.exists() or ("check-valid-until=no" not in source.options and _is_expired(path)):
+            return False
+        since = formatdate(path.stat().st_mtime, usegmt=True)
+        request = urllib.request.Request(
+            source.release_url, headers={"If-Modified-Since": since, "User-Agent": "recvirt", "Cache-Control": "max-age=0"}
+        )
+        try:
+            with opener.open(request, timeout=_ASK_TIMEOUT_SECONDS) as answer:
+                ours = path.read_bytes()
+                return bool(answer.read(len(ours) + 1) == ours)
+        except urllib.error.HTTPError as error:
+            error.close()
+            return error.code == 304
+        except (OSError, ValueError, http.client.HTTPException):
+            # Whatever it is: apt will say it better.
+            return False
 
     def release_digest(self) -> str:
         """A digest of the signed release files: it changes when the archive does."""
@@ -175,29 +206,38 @@ class Archive:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()
 
+    # -- packages -----------------------------------------------------------------------------------------------------
+
+    def _remembered(self, request: list[object], work_out: Callable[[], str]) -> tuple[Package, ...]:
+        """What apt answered to the same request in the same archive state, else what it answers now."""
+        text = json.dumps([self.release_digest(), *request])
+        memory = self.state_dir / f"resolved-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+        try:
+            return tuple(Package(**item) for item in json.loads(memory.read_text()))
+        except FileNotFoundError:
+            pass
+        with self._locked():
+            packages = parse_uris(work_out())
+        _write_whole(memory, json.dumps([asdict(package) for package in packages]))
+        return packages
+
     def resolve(self, names: Sequence[str], *, essential: bool = False) -> tuple[Package, ...]:
         """Every package that installing ``names`` (no recommends) into an empty system brings, sorted by name.
 
         ``essential`` adds the Essential set, as a bootstrapper does. Raises ConfigError for a name that the suite
         lacks or that can't be installed. Remembered per archive state and request.
         """
-        request = json.dumps([self.release_digest(), list(names), essential])
-        memory = self.state_dir / f"resolved-{hashlib.sha256(request.encode()).hexdigest()[:24]}.json"
-        if memory.exists():
-            return tuple(Package(**item) for item in json.loads(memory.read_text()))
         wanted = ["?essential", *names] if essential else list(names)
-        out = self._apt("apt-get", "-qq", "-y", "--no-install-recommends", "--print-uris", "install", *wanted)
-        packages = parse_uris(out)
-        partial = memory.with_suffix(".part")
-        partial.write_text(json.dumps([asdict(p) for p in packages]))
-        partial.replace(memory)
-        return packages
+        if not wanted:
+            return ()
+        argv = ("apt-get", "-qq", "-y", "--no-install-recommends", "--print-uris", "install", *wanted)
+        return self._remembered(["install", *wanted], lambda: self._apt(*argv))
 
     def find(self, name: str) -> Package:
         """The one package ``name`` itself, in the version that apt would choose, without its dependencies."""
-        self.update()
         target = f"{name}/{self.suite}" if self.suite.endswith("-backports") else name
-        found = parse_uris(self._apt("apt-get", "-qq", "--print-uris", "download", target))
+        argv = ("apt-get", "-qq", "--print-uris", "download", target)
+        found = self._remembered(["download", target], lambda: self._apt(*argv))
         if not found:
             raise ConfigError(f"{self.suite} has no package {name}", hint="apt-cache search tells what there is")
         return found[0]
@@ -205,89 +245,96 @@ class Archive:
     def download(self, package: Package) -> Path:
         """The verified .deb in the cache, fetched if it is not there. Written whole or not at all."""
         target = self.debs_dir / package.file
-        if target.exists() and target.stat().st_size == package.size_bytes and sha256_of(target) == package.sha256:
+        if _is_whole(target, package):
             return target
         if self._offline:
             raise DownloadError(f"offline, and {package.file} is not in the cache", hint="build once without --offline")
+        self.update()
         partial = self.debs_dir / "partial" / package.sha256
-        partial.mkdir(parents=True, exist_ok=True)
-        self._apt("apt-get", "-qq", "download", f"{package.name}={package.version}", network=True, cwd=partial)
-        fetched = partial / package.file
-        if not fetched.exists():
-            fetched = next(partial.glob("*.deb"))
-        if sha256_of(fetched) != package.sha256:
-            fetched.unlink()
-            raise VerificationError(f"{package.file} is not what the archive's index promised", hint="try again")
+        while True:
+            partial.mkdir(parents=True, exist_ok=True)
+            folder = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                # The folder is its own lock; another recvirt that fetched the same removed it.
+                fcntl.flock(folder, fcntl.LOCK_EX)
+                if _is_whole(target, package):
+                    return target
+                if partial.exists() and os.path.samestat(os.fstat(folder), partial.stat()):
+                    self._fetch(package, partial, target)
+                    return target
+            finally:
+                os.close(folder)
+
+    def _fetch(self, package: Package, partial: Path, target: Path) -> None:
+        limit = 300 + package.size_bytes / _SLOWEST_BYTES_PER_SECOND
+        try:
+            with _shown(package, partial):
+                self._apt(
+                    "apt-get", "-qq", "download", f"{package.name}={package.version}", network=True, cwd=partial,
+                    timeout_seconds=limit,
+                )  # fmt: skip
+            fetched = next(partial.glob("*.deb"), None)
+            if fetched is None or sha256_of(fetched) != package.sha256:
+                raise VerificationError(f"{package.file} is not what the archive's index promised", hint="try again")
+        except VerificationError:
+            # Nothing of it may be carried on from. After any other failure apt carries on where it stopped.
+            remove_tree(partial)
+            raise
         fetched.replace(target)
-        return target
+        remove_tree(partial)
 
 
-def apt_conf(state_dir: Path) -> str:
-    """An apt.conf(5) that keeps everything below ``state_dir`` and never runs as another user."""
-    return "\n".join(
-        [
-            f'Dir::State "{state_dir}";',
-            f'Dir::State::Lists "{state_dir}/lists";',
-            f'Dir::State::status "{state_dir}/status";',
-            f'Dir::Cache "{state_dir}/cache";',
-            f'Dir::Etc::SourceList "{state_dir}/sources.list";',
-            'Dir::Etc::SourceParts "/dev/null";',
-            'APT::Sandbox::User "root";',
-            'APT::Architecture "amd64";',
-            'Acquire::Languages "none";',
-            'Acquire::ForceHash "SHA256";',
-            'Acquire::Retries "3";',
-            'Acquire::http::Timeout "30";',
-            'Acquire::https::Timeout "30";',
-            "",
-        ]
-    )
+def _is_whole(path: Path, package: Package) -> bool:
+    try:
+        if path.stat().st_size != package.size_bytes or sha256_of(path) != package.sha256:
+            return False
+        os.utime(path)  # used now: recvirt clean goes by it
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
-def parse_uris(text: str) -> tuple[Package, ...]:
-    """``apt-get --print-uris`` lines as packages, sorted by name."""
-    found = []
-    for line in text.splitlines():
-        match = _URI_LINE.match(line.strip())
-        if not match:
-            continue
-        stem = match["file"].removesuffix(".deb")
-        name, version, arch = stem.split("_", 2)
-        found.append(
-            Package(
-                name, urllib.parse.unquote(version), arch, match["sha"], int(match["size"]), match["file"], match["uri"]
-            )
-        )
-    return tuple(sorted(found, key=lambda p: (p.name, p.arch)))
+def _is_expired(release: Path) -> bool:
+    """Whether a release file is past its Valid-Until (or has none that can be read)."""
+    for line in release.read_text(errors="replace").splitlines():
+        if line.startswith("Valid-Until:"):
+            try:
+                return parsedate_to_datetime(line.partition(":")[2].strip()).timestamp() < time.time()
+            except ValueError:
+                return True
+    return False
 
 
-def translate_apt_error(error: CommandError, suite: str) -> RecvirtError:
-    """apt's words as one of our errors, with a next step."""
-    text = "\n".join(error.last_lines)
-    lines = [line for line in error.last_lines if line.startswith(("E:", "W:"))] or list(error.last_lines)[-3:]
-    said = "\n".join(f"  | {line}" for line in lines)
-    if "No space left on device" in text:
-        return SpaceError(f"the disk is full while fetching {suite}\n{said}", hint="free room or set --cache-dir")
-    if re.search(r"is expired|not valid yet|valid until", text, re.I):
-        return VerificationError(
-            f"the release file of {suite} is out of date\n{said}",
-            hint="check this machine's clock; if it is right, the mirror is stale: choose another (root.mirror)",
-        )
-    if re.search(r"Hash Sum mismatch|unexpected size|Hashes of", text, re.I):
-        return VerificationError(
-            f"the archive of {suite} sent something else than it signed\n{said}",
-            hint="the mirror is broken or in the middle of an update: try again later or choose another (root.mirror)",
-        )
-    if re.search(r"is not signed|NO_PUBKEY|signature|OpenPGP|GPG", text):
-        return VerificationError(
-            f"the archive of {suite} has no valid signature\n{said}",
-            hint="name the keyring that signs it: root.keyring",
-        )
-    if _LACKS.search(text):
-        return ConfigError(
-            f"{suite} can't provide what was asked for\n{said}", hint="check the package lists for this suite"
-        )
-    return DownloadError(
-        f"the archive of {suite} could not be read\n{said}",
-        hint="check the network (and http_proxy), choose another mirror (root.mirror), or --offline with a filled cache",
-    )
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _shown(package: Package, partial: Path) -> Iterator[None]:
+    """Show how many bytes have come, while apt says nothing."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(1.0):
+            try:
+                done = sum(path.stat().st_size for path in partial.iterdir())
+            except FileNotFoundError:
+                continue
+            reporter.progress(f"fetch {package.name}", done, package.size_bytes, "bytes")
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    reporter.detail(f"fetch {package.file} ({format_bytes(package.size_bytes)})")
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
