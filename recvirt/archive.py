@@ -185,7 +185,8 @@ class Archive:
             return False
         since = formatdate(path.stat().st_mtime, usegmt=True)
         request = urllib.request.Request(
-            source.release_url, headers={"If-Modified-Since": since, "User-Agent": "recvirt", "Cache-Control": "max-age=0"}
+            source.release_url,
+            headers={"If-Modified-Since": since, "User-Agent": "recvirt", "Cache-Control": "max-age=0"},
         )
         try:
             with opener.open(request, timeout=_ASK_TIMEOUT_SECONDS) as answer:

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from recvirt.run import Completed, find_tool, minimal_env, run
+from recvirt.trust import INSIDE, ca_bundle
 
 #: Trees of the root that no bind may shadow; everything else is a fresh tmpfs where mount points can be made.
 _MERGED = ("bin", "sbin", "lib", "lib64", "lib32")
 _VAR_LIB = ("dpkg", "ucf", "systemd", "pam")
-#: Host files that name resolution and TLS need; a missing one is passed over.
+#: Host files that name resolution needs; a missing one is passed over. (TLS: see trust.py.)
 _HOST_FILES = ("/etc/resolv.conf", "/etc/hosts")
 
 
@@ -84,6 +85,8 @@ class ToolsRoot:
         for name in _HOST_FILES:
             if network and Path(name).exists():
                 words += ["--ro-bind", os.path.realpath(name), name]
+        if network and (bundle := ca_bundle()) and (self.rootfs / INSIDE.relative_to("/")).exists():
+            words += ["--ro-bind", str(bundle), str(INSIDE), "--setenv", "SSL_CERT_FILE", str(INSIDE)]
         for device in devices:
             words += ["--dev-bind-try", str(device), str(device)]
         for path in readable:
