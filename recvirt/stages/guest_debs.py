@@ -40,10 +40,22 @@ _MODE_LINE = re.compile(r"^([0-7]{3,4})\s+([^/\s]\S*)$")
 
 #: Compiled programs: package -> installed path -> sources in ``src/``.
 PROGRAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "recvirt-nested-check": {"usr/bin/recvirt-nested-check": ("main.c",)},
-}
+    "recvirt-nested-check": {
+        "usr/bin/recvirt-nested-check": (
+            "main.c", "util.c", "cpuid.c", "facts.c", "l2.c", "guest.S", "hints.c", "verdict.c", "report.c", "initramfs.c",
+        ),
+        "usr/lib/recvirt/l2-init": ("init.c", "util.c", "cpuid.c"),
+    }
+}  # fmt: skip
 #: initramfs images made of compiled programs: package -> installed path -> name in the archive -> installed path.
-ARCHIVES: Mapping[str, Mapping[str, Mapping[str, str]]] = {}
+ARCHIVES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+    "recvirt-nested-check": {
+        "usr/lib/recvirt/l2-initramfs.cpio": {
+            "init": "usr/lib/recvirt/l2-init",
+            "recvirt-nested-check": "usr/bin/recvirt-nested-check",
+        }
+    }
+}
 #: Programs that only an archive needs, not the installed package.
 _ONLY_IN_ARCHIVES = frozenset({"usr/lib/recvirt/l2-init"})
 
@@ -164,7 +176,7 @@ def compile_argv(sources: Sequence[str], output: Path, version: str, *, extra: S
     """musl-gcc's command line for a static program. Run it in the folder of the sources: no path enters the bytes."""
     return [
         "musl-gcc", "-std=gnu11", "-Os", "-static", "-s", "-fstack-protector-strong", "-Wall", "-Wextra",
-        "-Wconversion", "-ffile-prefix-map=.=.", "-Wl,--build-id=none", "-Wl,-z,noexecstack", f'-DVERSION="{version}"',
+        "-Wconversion", "-Wno-sign-conversion", "-ffile-prefix-map=.=.", "-Wl,--build-id=none", "-Wl,-z,noexecstack", f'-DVERSION="{version}"',
         # musl-gcc leaves the kernel's headers (linux/kvm.h) out; musl's own must win.
         "-idirafter", "/usr/include", "-idirafter", "/usr/include/x86_64-linux-gnu",
         *extra, "-o", str(output), *sources,
