@@ -46,6 +46,8 @@ __all__ = ["Archive", "Package", "forget_updates", "parse_uris", "sources_lines"
 #: A download may be this slow before it is given up (apt itself gives up on silence much earlier).
 _SLOWEST_BYTES_PER_SECOND = 20_000
 _ASK_TIMEOUT_SECONDS = 5.0
+#: Few enough for a command line and a steady progress display, many enough for apt to keep its connections.
+_DOWNLOADS_AT_ONCE = 40
 #: Where a profile's keyring is seen inside the sandbox: source lines can't hold paths with spaces.
 _KEYRING_INSIDE = "/tmp/recvirt-keyring"
 
@@ -265,6 +267,45 @@ class Archive:
                     return target
             finally:
                 os.close(folder)
+
+    def download_all(self, packages: Sequence[Package]) -> list[Path]:
+        """The verified .debs of ``packages``, in order; what is missing is fetched, many at a time.
+
+        What a stopped run fetched is kept. Raises DownloadError when the archive no longer has a version.
+        """
+        missing = [package for package in packages if not _is_whole(self.debs_dir / package.file, package)]
+        if missing and self._offline:
+            raise DownloadError(
+                f"offline, and {len(missing)} packages are not in the cache ({missing[0].file} ...)",
+                hint="build once without --offline",
+            )
+        if missing:
+            self.update()
+            folder = self.debs_dir / "partial" / self.state_dir.name
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._fetch_many([p for p in missing if not _is_whole(self.debs_dir / p.file, p)], folder)
+        return [self.debs_dir / package.file for package in packages]
+
+    def _fetch_many(self, packages: Sequence[Package], folder: Path) -> None:
+        total, done = sum(package.size_bytes for package in packages), 0
+        for start in range(0, len(packages), _DOWNLOADS_AT_ONCE):
+            chunk = packages[start : start + _DOWNLOADS_AT_ONCE]
+            reporter.progress("fetch packages", done, total, "bytes")
+            size = sum(package.size_bytes for package in chunk)
+            words = ["apt-get", "-qq", "download", *(f"{package.name}={package.version}" for package in chunk)]
+            try:
+                self._apt(*words, network=True, cwd=folder, timeout_seconds=300 + size / _SLOWEST_BYTES_PER_SECOND)
+            except ConfigError as error:
+                raise DownloadError(f"the archive changed meanwhile: {error.message}", hint="build again") from error
+            for package in chunk:
+                fetched = folder / package.file
+                if not _is_whole(fetched, package):
+                    fetched.unlink(missing_ok=True)
+                    raise VerificationError(f"{package.file} is not what the archive's index promised", hint="try again")
+                fetched.replace(self.debs_dir / package.file)
+            done += size
 
     def _fetch(self, package: Package, partial: Path, target: Path) -> None:
         limit = 300 + package.size_bytes / _SLOWEST_BYTES_PER_SECOND
