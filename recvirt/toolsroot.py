@@ -32,14 +32,14 @@ PACKAGES = {
         "e2fsprogs", "libarchive13t64", "grub-pc-bin", "grub-efi-amd64-bin", "grub-common", "mtools", "dosfstools",
         "fdisk", "xfsprogs", "btrfs-progs", "qemu-utils", "busybox-static",
     ),
-    "vm": ("qemu-system-x86", "ovmf", "ipxe-qemu", "openssh-client"),
+    # ganesha's memory file system serves a guest's NFS mounts as an ordinary user too, which no kernel server does.
+    "vm": ("qemu-system-x86", "ovmf", "ipxe-qemu", "openssh-client", "nfs-ganesha", "nfs-ganesha-mem"),
     # Static programs of 50 kB that run with any suite's libc, as init, and in an L2.
     "guest programs": ("musl-tools",),
 }  # fmt: skip
 #: Optional sets for named checks: a tools root of its own each, because few people want them.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "bochs": ("bochs", "bochsbios", "vgabios", "bochs-term", "grub-pc-bin", "grub-common", "xorriso", "mtools", "cpio"),
-    "nfs-server": ("nfs-ganesha", "nfs-ganesha-vfs"),
     # What benchmarks/run.py measures against. mkosi's own dependencies bring repart, ukify and the EFI boot loader.
     "mkosi": ("mkosi", "systemd-boot", "uidmap", "dosfstools", "mtools", "e2fsprogs", "cpio", "zstd", "python3-pefile"),
 }
