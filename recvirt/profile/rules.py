@@ -53,6 +53,20 @@ def _kernel_source(data: Any) -> Iterator[Finding]:
         yield ("kernel", "fragments"), "a kernel of our own needs fragments (extend a shipped profile, or name some)"
 
 
+#: A kernel that mounts its root itself needs the file system built in. ext4 is in the base fragment.
+_ROOT_FRAGMENTS = {"xfs": ("61-root-xfs", "XFS_FS"), "btrfs": ("62-root-btrfs", "BTRFS_FS")}
+
+
+def _root_filesystem(data: Any) -> Iterator[Finding]:
+    filesystem = _get(data, "image", "filesystem")
+    if filesystem not in _ROOT_FRAGMENTS or _get(data, "kernel", "source") == "debian":
+        return
+    fragment, symbol = _ROOT_FRAGMENTS[filesystem]
+    if fragment not in _texts(data, "kernel", "fragments") and _get(data, "kernel", "overrides", symbol) != "y":
+        message = f"the kernel can't mount {filesystem} as its root: add {fragment} to kernel.fragments"
+        yield ("image", "filesystem"), message
+
+
 def _tarball(data: Any) -> Iterator[Finding]:
     signature, keyring = (_get(data, "kernel", "tarball", key) for key in ("signature_url", "keyring"))
     if (signature is None) != (keyring is None):
@@ -90,10 +104,10 @@ def _sizes(data: Any) -> Iterator[Finding]:
     size, esp = _size(data, "image", "size"), _size(data, "image", "esp_size")
     if size is not None and size < 512 * 1024**2:
         yield ("image", "size"), "a Debian root needs at least 512M"
+    elif size is not None and esp is not None and esp * 2 > size:
+        yield ("image", "esp_size"), "takes more than half of image.size"
     if esp is not None and esp < 33 * 1024**2:
         yield ("image", "esp_size"), "FAT32 needs at least 33M"
-    if size is not None and esp is not None and esp * 2 > size:
-        yield ("image", "esp_size"), "takes more than half of image.size"
     memory = _size(data, "accept", "memory")
     if memory is not None and memory < 256 * 1024**2:
         yield ("accept", "memory"), "a guest needs at least 256M"
@@ -114,5 +128,5 @@ def _datasources(data: Any) -> Iterator[Finding]:
 
 
 _RULES: tuple[Callable[[Any], Iterator[Finding]], ...] = (
-    _kernel_source, _tarball, _snapshot, _users, _units, _sizes, _repeated, _datasources,
+    _kernel_source, _root_filesystem, _tarball, _snapshot, _users, _units, _sizes, _repeated, _datasources,
 )  # fmt: skip
