@@ -1,0 +1,61 @@
+"""Which packages a profile asks for: its lists, its own names, and what its other keys imply."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from recvirt.errors import Problem
+from recvirt.model import Profile
+
+#: Without these the tree is no machine: what the inside script and the boot rely on, and the list that brings it.
+_BASICS = {
+    "systemd-sysv": "base", "udev": "base", "passwd": "base", "iproute2": "base", "openssh-server": "base",
+    "systemd-resolved": "base", "tzdata": "base",
+}  # fmt: skip
+_FILESYSTEM_PACKAGES = {"ext4": "e2fsprogs", "xfs": "xfsprogs", "btrfs": "btrfs-progs"}
+_DEPENDS = re.compile(r"^(?:Pre-)?Depends:(?P<value>.*(?:\n[ \t].*)*)", re.MULTILINE)
+
+
+def packages_wanted(profile: Profile, listed: Sequence[str], ours_depend_on: Sequence[str]) -> tuple[str, ...]:
+    """The names to install, sorted. ``ours_depend_on`` are the dependencies of the image's own packages."""
+    root = profile.root
+    names = {*listed, *root.packages, *ours_depend_on, _FILESYSTEM_PACKAGES[profile.image.filesystem]}
+    if root.locale.split(".")[0] not in ("C", "POSIX"):
+        names.add("locales")
+    if root.unattended_upgrades:
+        names.add("unattended-upgrades")
+    if any(user.sudo for user in root.users):
+        names.add("sudo")
+    if root.suite == "bookworm":
+        # The other way to satisfy init-system-helpers converts the tree with perl, and stays.
+        names.add("usr-is-merged")
+    if profile.kernel.source == "debian":
+        names |= {profile.kernel.debian_package, "initramfs-tools"}
+    return tuple(sorted(names))
+
+
+def depends_of(folder: Path) -> tuple[str, ...]:
+    """What the package folders below ``folder`` depend on: the first of alternatives, without versions."""
+    ours = {path.name for path in folder.iterdir()}
+    names: set[str] = set()
+    for control in sorted(folder.glob("*/DEBIAN/control")):
+        for match in _DEPENDS.finditer(control.read_text()):
+            for clause in match["value"].replace("\n", " ").split(","):
+                name = re.split(r"[\s(|:\[]", clause.strip(), maxsplit=1)[0]
+                names |= {name} if name else set()
+    return tuple(sorted(names - ours))
+
+
+def missing_basics(profile: Profile, installed: frozenset[str]) -> list[Problem]:
+    """What a profile promises or needs, but no package of its closure brings."""
+    file = f"profile {profile.name}"
+    faults = [
+        Problem(file, 0, "root.package_lists", f"nothing brings {name}: add the list {source}")
+        for name, source in _BASICS.items()
+        if name not in installed
+    ]
+    if profile.root.nfs is not None and "nfs-common" not in installed:
+        faults.append(Problem(file, 0, "root.nfs", "nothing brings nfs-common: add the list nfs"))
+    return faults
