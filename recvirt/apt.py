@@ -1,4 +1,4 @@
-"""apt's languages: source lines, its configuration, the URIs that it prints and the errors that it writes. Pure functions.
+"""apt's languages: source lines, its configuration, the URIs that it prints and its errors. Pure functions.
 
 Does not own: running apt (``archive.py``).
 """
@@ -169,7 +169,8 @@ def parse_uris(text: str) -> tuple[Package, ...]:
 def translate_apt_error(error: CommandError, suite: str) -> RecvirtError:
     """apt's words as one of our errors, with a next step."""
     text = "\n".join(error.last_lines)
-    lines = [line for line in error.last_lines if line.startswith(("E:", "W:"))] or list(error.last_lines)[-3:]
+    # Indented lines tell which dependency can't be met.
+    lines = [line for line in error.last_lines if line.startswith(("E:", "W:", "   "))] or list(error.last_lines)[-3:]
     said = "\n".join(f"  | {line}" for line in lines)
     if "No space left on device" in text:
         return SpaceError(f"the disk is full while fetching {suite}\n{said}", hint="free room or set --cache-dir")
@@ -188,7 +189,7 @@ def translate_apt_error(error: CommandError, suite: str) -> RecvirtError:
             f"the server of {suite} could not prove who it is\n{said}",
             hint="behind a proxy or with a company's own CA: name its PEM file in SSL_CERT_FILE",
         )
-    if re.search(r"is not signed|NO_PUBKEY|signature|OpenPGP|GPG|sqv", text):
+    if re.search(r"is not signed|no longer signed|NO_PUBKEY|signature|OpenPGP|GPG|sqv", text):
         return VerificationError(
             f"the archive of {suite} has no valid signature\n{said}",
             hint="name the keyring that signs it: root.keyring",
@@ -197,12 +198,12 @@ def translate_apt_error(error: CommandError, suite: str) -> RecvirtError:
         return ConfigError(
             f"{suite} can't provide what was asked for\n{said}", hint="check the package lists for this suite"
         )
-    if "does not have a Release file" in text:
+    if re.search(r"(does not have|no longer has) a Release file", text):
         return DownloadError(
             f"there is no suite {suite} at this archive\n{said}",
             hint="check root.mirror and root.suite: below the URL there must be dists/<suite>/InRelease",
         )
     return DownloadError(
         f"the archive of {suite} could not be read\n{said}",
-        hint="check the network (and http_proxy), choose another mirror (root.mirror), or --offline with a filled cache",
+        hint="check the network (and http_proxy), choose another mirror (root.mirror), or build with --offline",
     )

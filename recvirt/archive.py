@@ -35,9 +35,9 @@ from recvirt.apt import (
     sources_lines,
     translate_apt_error,
 )
-from recvirt.errors import CommandError, ConfigError, DownloadError, VerificationError
+from recvirt.errors import CommandError, ConfigError, DownloadError, RecvirtError, VerificationError
 from recvirt.sandbox import ToolsRoot
-from recvirt.store import remove_tree, sha256_of
+from recvirt.store import sha256_of
 from recvirt.trust import ca_bundle
 from recvirt.ui import format_bytes, reporter
 
@@ -186,7 +186,7 @@ class Archive:
         if not path.exists() or ("check-valid-until=no" not in source.options and _is_expired(path)):
             return False
         since = formatdate(path.stat().st_mtime, usegmt=True)
-        request = urllib.request.Request(
+        request = urllib.request.Request(  # noqa: S310 - the same URL that apt asks
             source.release_url,
             headers={"If-Modified-Since": since, "User-Agent": "recvirt", "Cache-Control": "max-age=0"},
         )
@@ -247,83 +247,85 @@ class Archive:
 
     def download(self, package: Package) -> Path:
         """The verified .deb in the cache, fetched if it is not there. Written whole or not at all."""
-        target = self.debs_dir / package.file
-        if _is_whole(target, package):
-            return target
-        if self._offline:
-            raise DownloadError(f"offline, and {package.file} is not in the cache", hint="build once without --offline")
-        self.update()
-        partial = self.debs_dir / "partial" / package.sha256
-        while True:
-            partial.mkdir(parents=True, exist_ok=True)
-            folder = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                # The folder is its own lock; another recvirt that fetched the same removed it.
-                fcntl.flock(folder, fcntl.LOCK_EX)
-                if _is_whole(target, package):
-                    return target
-                if partial.exists() and os.path.samestat(os.fstat(folder), partial.stat()):
-                    self._fetch(package, partial, target)
-                    return target
-            finally:
-                os.close(folder)
+        return self.download_all([package])[0]
 
     def download_all(self, packages: Sequence[Package]) -> list[Path]:
-        """The verified .debs of ``packages``, in order; what is missing is fetched, many at a time.
+        """The verified .debs in the cache, in the order asked; those that are not there are fetched in one go.
 
-        What a stopped run fetched is kept. Raises DownloadError when the archive no longer has a version.
+        What was fetched whole stays, also when another one fails: the next run carries on from there.
         """
-        missing = [package for package in packages if not _is_whole(self.debs_dir / package.file, package)]
-        if missing and self._offline:
-            raise DownloadError(
-                f"offline, and {len(missing)} packages are not in the cache ({missing[0].file} ...)",
-                hint="build once without --offline",
-            )
-        if missing:
-            self.update()
-            folder = self.debs_dir / "partial" / self.state_dir.name
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / "lock").open("a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                self._fetch_many([p for p in missing if not _is_whole(self.debs_dir / p.file, p)], folder)
-        return [self.debs_dir / package.file for package in packages]
-
-    def _fetch_many(self, packages: Sequence[Package], folder: Path) -> None:
-        total, done = sum(package.size_bytes for package in packages), 0
-        for start in range(0, len(packages), _DOWNLOADS_AT_ONCE):
-            chunk = packages[start : start + _DOWNLOADS_AT_ONCE]
-            reporter.progress("fetch packages", done, total, "bytes")
-            size = sum(package.size_bytes for package in chunk)
-            words = ["apt-get", "-qq", "download", *(f"{package.name}={package.version}" for package in chunk)]
+        targets = [self.debs_dir / package.file for package in packages]
+        lacking = [p for p, target in zip(packages, targets, strict=True) if not _is_whole(target, p)]
+        if not lacking:
+            return targets
+        if self._offline:
+            names = ", ".join(package.file for package in lacking[:3]) + (" ..." if len(lacking) > 3 else "")
+            raise DownloadError(f"offline, and not in the cache: {names}", hint="build once without --offline")
+        self.update()
+        partial = self.debs_dir / "partial"
+        partial.mkdir(exist_ok=True)
+        with _folder_lock(partial):
+            # Another recvirt may have fetched them while this one waited.
+            lacking = [p for p in lacking if not _is_whole(self.debs_dir / p.file, p)]
+            carries_on = any(partial.iterdir())
             try:
-                self._apt(*words, network=True, cwd=folder, timeout_seconds=300 + size / _SLOWEST_BYTES_PER_SECOND)
-            except ConfigError as error:
-                raise DownloadError(f"the archive changed meanwhile: {error.message}", hint="build again") from error
-            for package in chunk:
-                fetched = folder / package.file
-                if not _is_whole(fetched, package):
-                    fetched.unlink(missing_ok=True)
-                    raise VerificationError(f"{package.file} is not what the archive's index promised", hint="try again")
-                fetched.replace(self.debs_dir / package.file)
-            done += size
+                self._fetch(lacking, partial)
+            except VerificationError:
+                if not carries_on:
+                    raise
+                # What an interrupted run left may not have been the beginning of this.
+                self._fetch(lacking, partial)
+        return targets
 
-    def _fetch(self, package: Package, partial: Path, target: Path) -> None:
-        limit = 300 + package.size_bytes / _SLOWEST_BYTES_PER_SECOND
+    def _fetch(self, packages: Sequence[Package], partial: Path) -> None:
+        packages = self._keep_whole(packages, partial)
+        if not packages:
+            return
+        total = sum(package.size_bytes for package in packages)
+        wanted = [f"{package.name}={package.version}" for package in packages]
+        name = f"fetch {packages[0].name if len(packages) == 1 else f'{len(packages)} packages'}"
         try:
-            with _shown(package, partial):
+            with _shown(name, partial, total):
                 self._apt(
-                    "apt-get", "-qq", "download", f"{package.name}={package.version}", network=True, cwd=partial,
-                    timeout_seconds=limit,
+                    "apt-get", "-qq", "download", *wanted, network=True, cwd=partial,
+                    timeout_seconds=300 + total / _SLOWEST_BYTES_PER_SECOND,
                 )  # fmt: skip
-            fetched = next(partial.glob("*.deb"), None)
-            if fetched is None or sha256_of(fetched) != package.sha256:
-                raise VerificationError(f"{package.file} is not what the archive's index promised", hint="try again")
+            if left := self._keep_whole(packages, partial):
+                raise VerificationError(f"{left[0].file} is not what the archive's index promised", hint="try again")
         except VerificationError:
-            # Nothing of it may be carried on from. After any other failure apt carries on where it stopped.
-            remove_tree(partial)
+            self._keep_whole(packages, partial)
+            _empty(partial)
             raise
-        fetched.replace(target)
-        remove_tree(partial)
+        except RecvirtError:
+            # apt carries on where it stopped.
+            self._keep_whole(packages, partial)
+            raise
+        _empty(partial)
+
+    def _keep_whole(self, packages: Sequence[Package], partial: Path) -> list[Package]:
+        """Move what came whole into the cache; returns the others."""
+        left = []
+        for package in packages:
+            if _is_whole(partial / package.file, package):
+                (partial / package.file).replace(self.debs_dir / package.file)
+            else:
+                left.append(package)
+        return left
+
+
+@contextmanager
+def _folder_lock(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
 
 
 def _is_whole(path: Path, package: Package) -> bool:
@@ -360,7 +362,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _shown(package: Package, partial: Path) -> Iterator[None]:
+def _shown(name: str, partial: Path, total_bytes: int) -> Iterator[None]:
     """Show how many bytes have come, while apt says nothing."""
     ended = threading.Event()
 
@@ -370,10 +372,10 @@ def _shown(package: Package, partial: Path) -> Iterator[None]:
                 done = sum(path.stat().st_size for path in partial.iterdir())
             except FileNotFoundError:
                 continue
-            reporter.progress(f"fetch {package.name}", done, package.size_bytes, "bytes")
+            reporter.progress(name, done, total_bytes, "bytes")
 
     watcher = threading.Thread(target=watch, daemon=True)
-    reporter.detail(f"fetch {package.file} ({format_bytes(package.size_bytes)})")
+    reporter.detail(f"{name} ({format_bytes(total_bytes)})")
     watcher.start()
     try:
         yield

@@ -65,6 +65,10 @@ def minimal_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     for folder in ("/usr/sbin", "/sbin"):
         if folder not in env["PATH"].split(":"):
             env["PATH"] += f":{folder}"
+    # apt reads only the small letters.
+    for name in ("http_proxy", "https_proxy", "no_proxy"):
+        if name.upper() in env:
+            env.setdefault(name, env[name.upper()])
     env["LC_ALL"] = "C.UTF-8"
     env.update(extra or {})
     return env

@@ -1,7 +1,7 @@
 """Fixtures of the stage tests: the tools root, and contexts with caches of their own.
 
-The tools root comes from ``$RECVIRT_TOOLS_ROOT`` (a folder with ``rootfs`` and ``packages.json``) when that is set, else
-from the ordinary cache, where it is made once.
+The tools root comes from ``$RECVIRT_TOOLS_ROOT`` (a folder with ``rootfs`` and ``packages.json``) when set, else from
+the ordinary cache, where it is made once.
 """
 
 from __future__ import annotations

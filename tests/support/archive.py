@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.server
+import os
 import ssl
 import threading
 import time
@@ -30,6 +31,7 @@ class LocalArchive:
     key: Key
     suite: str = "trixie"
     packages: dict[str, tuple[str, bytes]] = field(default_factory=dict)  # pool path -> control text, bytes
+    published: int = 0
 
     def add(self, name: str, version: str = "1.0", depends: str = "", *, essential: bool = False) -> None:
         """Put a package into the pool."""
@@ -70,6 +72,10 @@ class LocalArchive:
         inline.unlink(missing_ok=True)
         if signed:
             inline.write_text(self.key.clearsign(release))
+        # HTTP tells times in whole seconds: two publications within one would look the same.
+        self.published += 1
+        for path in dist.rglob("*"):
+            os.utime(path, times=(now, now - 10_000 + 10 * self.published))
 
 
 Fault = Callable[["_Handler", Path], None]
@@ -97,8 +103,8 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.requests.append(self.path)
-        for suffix, fault in self.server.faults.items():
-            if self.path.endswith(suffix):
+        for part, fault in self.server.faults.items():
+            if part in self.path:
                 fault(self, Path(self.translate_path(self.path)))
                 return
         super().do_GET()
@@ -160,7 +166,7 @@ def stalled(handler: _Handler, path: Path) -> None:
 
 @dataclass
 class Mirror:
-    """A running server: its URL, what it was asked for, and the faults (path suffix to behaviour) it has."""
+    """A running server: its URL, what it was asked for, and the faults it has (part of a path to behaviour)."""
 
     url: str
     requests: list[str]

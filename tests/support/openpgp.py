@@ -105,11 +105,9 @@ class Key:
         body = self._body()
         return hashlib.sha1(b"\x99" + len(body).to_bytes(2, "big") + body).digest()
 
-    def _signature(self, kind: int, signed: bytes, extra: bytes = b"") -> bytes:
-        """A V4 signature packet over ``signed``; ``extra`` are more hashed subpackets."""
-        hashed = (
-            _subpacket(2, int(time.time() - 60).to_bytes(4, "big")) + _subpacket(33, b"\x04" + self.fingerprint) + extra
-        )
+    def _signature(self, kind: int, when: int, signed: bytes, extra: bytes = b"") -> bytes:
+        """A V4 signature packet over ``signed``, made at ``when``; ``extra`` are more hashed subpackets."""
+        hashed = _subpacket(2, when.to_bytes(4, "big")) + _subpacket(33, b"\x04" + self.fingerprint) + extra
         head = bytes([4, kind, _RSA, _SHA512]) + len(hashed).to_bytes(2, "big") + hashed
         digest = hashlib.sha512(signed + head + b"\x04\xff" + len(head).to_bytes(4, "big")).digest()
         size = (self.modulus.bit_length() + 7) // 8
@@ -123,13 +121,13 @@ class Key:
         """The certificate: what a keyring file (``.gpg``) holds."""
         body, user = self._body(), self.user.encode()
         signed = b"\x99" + len(body).to_bytes(2, "big") + body + b"\xb4" + len(user).to_bytes(4, "big") + user
-        binding = self._signature(0x13, signed, _subpacket(27, b"\x03"))
+        binding = self._signature(0x13, self.created, signed, _subpacket(27, b"\x03"))
         return _packet(6, body) + _packet(13, user) + binding
 
     def clearsign(self, text: str) -> str:
         """``text`` in the cleartext signature framework, as an InRelease file is."""
         lines = [line.rstrip(" \t") for line in text.rstrip("\n").split("\n")]
-        signature = self._signature(0x01, "\r\n".join(lines).encode())
+        signature = self._signature(0x01, int(time.time()) - 1, "\r\n".join(lines).encode())
         escaped = [f"- {line}" if line.startswith("-") else line for line in lines]
         head = ["-----BEGIN PGP SIGNED MESSAGE-----", "Hash: SHA512", ""]
         return "\n".join([*head, *escaped, ""]) + _armor("SIGNATURE", signature)
