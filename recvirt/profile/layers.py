@@ -140,8 +140,8 @@ def read_override(text: str, problems: list[Problem]) -> Node | None:
     shown = f"--set {text}"
     name, equals, value_text = text.partition("=")
     keys = _split_path(name)
-    if not equals or not keys:
-        problems.append(Problem(shown, 0, "", "must look like key.key=value"))
+    if not equals or not keys or not value_text.strip():
+        problems.append(Problem(shown, 0, "", "must look like key.key=value (null takes the built-in default back)"))
         return None
     value, found = read_text(value_text, shown, Path.cwd())
     problems += [Problem(shown, 0, name, problem.message) for problem in found]

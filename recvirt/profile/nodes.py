@@ -178,6 +178,7 @@ class _Converter:
         self.problems: list[Problem] = []
 
     def convert(self, node: yaml.Node, path: str, depth: int) -> Node:
+        """One YAML node and all below it."""
         line = _line(node)
         self._count += 1
         if self._count > MAX_NODES:
@@ -190,6 +191,11 @@ class _Converter:
         if isinstance(node, yaml.SequenceNode):
             items = [self.convert(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(node.value)]
             return Node(items, origin)
+        if node.value == "" and getattr(node, "style", None) is None:
+            # Somebody commented out what stood below a key. Taking it for null would reset a whole section unasked.
+            message = "has no value: leave the key out, or write null to take the built-in default back"
+            self.problems.append(Problem(self._shown, line, path, message))
+            return Node(None, origin)
         try:
             return Node(self._loader.construct_object(node), origin)
         except ValueError:

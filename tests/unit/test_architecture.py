@@ -87,7 +87,7 @@ def started_by(path: Path) -> list[str]:
         module, _, name = function.rpartition(".")
         if (module in ("subprocess", "pty") and name in STARTERS) or function == "Popen":
             found.append(function)
-        if module == "os" and (name in ("system", "popen", "fork") or name.startswith(("exec", "spawn", "posix_spawn"))):
+        if module == "os" and name.startswith(("system", "popen", "fork", "exec", "spawn", "posix_spawn")):
             found.append(function)
     return found
 

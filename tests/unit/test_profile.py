@@ -192,7 +192,7 @@ def test_every_fault_of_every_file_is_told_at_once(write: Write) -> None:
         """,
     )
     assert faults_of("p.yaml", "root.suite=jessie", "image.filesystem") == [
-        "--set image.filesystem: must look like key.key=value",
+        "--set image.filesystem: must look like key.key=value (null takes the built-in default back)",
         "--set root.suite=jessie: root.suite: must be one of 'trixie', 'bookworm' or 'sid', not 'jessie'",
         "p.yaml:3: kernel.fragments[21]: there is no kernel fragment 'nothing'",
         "p.yaml:4: kernel.frgments: unknown key; did you mean 'fragments'?",
@@ -297,7 +297,8 @@ def test_the_later_override_wins_and_null_takes_the_default_back() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["", "a", "=1", ".a=1", "a.=1", "a..b=1", 'a."b=1', 'a."b"c=1', "root.hostname=[", "root.hostname=!x y"]
+    "word",
+    ["", "a", "a=", "=1", ".a=1", "a.=1", "a..b=1", 'a."b=1', 'a."b"c=1', "root.hostname=[", "root.hostname=!x y"],
 )
 def test_overrides_that_can_not_be_read(word: str) -> None:
     found = faults_of("minimal", word)

@@ -61,6 +61,8 @@ def test_a_key_with_a_dot_is_quoted_in_its_path() -> None:
         ("? [a, b]\n: 1\n", "t.yaml:1: a key must be a word"),
         ("a: &a [*a]\n", "t.yaml:1: its aliases nest without end"),
         ("a: *nothing\n", "t.yaml:1: not YAML: "),
+        ("kernel:\nroot:\n  x: 1\n", "t.yaml:1: kernel: has no value"),
+        ("l:\n  - a\n  -\n", "t.yaml:3: l[1]: has no value"),
         ("a: " + "9" * 5000, "t.yaml:1: a: is not a number that can be read"),
         ("a: \x07\n", "t.yaml: not YAML: "),
     ],
