@@ -5,20 +5,22 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from recvirt.store import MANIFEST, Store, remove_tree
+from recvirt.store import ASIDE, MANIFEST, Store, remove_tree
 
-#: Caches that are shared between keys; only ``--all`` empties them, for they are what makes the next build quick.
+#: Folders that stages share between keys: they make the next build quick, so only ``--all`` empties them.
 SHARED = ("apt", "debs", "sources", "ccache", "downloads")
+#: Those of them in which a file's time says when it was used last (ccache bounds itself).
+_AGING = ("debs", "sources", "downloads")
 
 
 @dataclass(frozen=True)
 class Removal:
-    """One folder that goes (or went), its size on disk and the reason."""
+    """One folder or file that goes (or went), its size on disk and the reason."""
 
     path: Path
     size_bytes: int
@@ -26,50 +28,72 @@ class Removal:
 
 
 def size_on_disk(path: Path) -> int:
-    """Allocated bytes below ``path``; what vanishes meanwhile counts as nothing."""
+    """Allocated bytes of a file, or of all below a folder; what vanishes meanwhile counts as nothing."""
+    if not path.is_dir() or path.is_symlink():
+        return path.lstat().st_blocks * 512
     total = 0
     for folder, _, files in os.walk(path):
         for name in files:
             try:
-                total += os.lstat(os.path.join(folder, name)).st_blocks * 512
+                total += Path(folder, name).lstat().st_blocks * 512
             except FileNotFoundError:
                 continue
     return total
 
 
 @contextmanager
-def _unless_locked(store: Store, name: str) -> Iterator[bool]:
-    """Hold the lock of ``<stage>-<key>``; yields False if a build holds it."""
+def _locked(store: Store, names: Sequence[str]) -> Iterator[bool]:
+    """Hold these locks; yields False if another process holds one of them."""
     folder = store.directory / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / name).open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+    with ExitStack() as stack:
+        for name in names:
+            stream = stack.enter_context((folder / name).open("a"))
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
         yield True
 
 
 def clean_cache(
     store: Store, *, days: float | None, max_bytes: int | None, everything: bool, tools: bool, dry_run: bool
 ) -> list[Removal]:
-    """Remove leftovers of killed builds, then outputs by age, then the least recently used until ``max_bytes`` are left.
+    """Remove leftovers of killed builds and what was not used for ``days``, then the least recently used outputs.
 
-    A tools root goes only when ``tools`` or ``everything`` is set. What a running build holds is left alone.
+    The latter until outputs of ``max_bytes`` are left. Returns what was removed (or would be).
+    A tools root goes only when ``tools`` or ``everything`` is set. What a running build holds or uses is left alone.
     """
-    removals = [Removal(path, size_on_disk(path), "left by a killed build") for path in _folders(store, "work/*")]
-    outputs: list[tuple[float, Removal]] = []
-    for path in _folders(store, "objects/*/*"):
-        is_tools = path.parent.name == "tools"
-        used = _last_used(path)
-        if everything or (tools and is_tools):
-            removals.append(Removal(path, size_on_disk(path), "asked for"))
-        elif not is_tools:
-            outputs.append((used, Removal(path, size_on_disk(path), "")))
-    outputs.sort(key=lambda pair: pair[0])
-    kept_bytes = sum(item.size_bytes for _, item in outputs)
-    for used, item in outputs:
+    # Running builds have their work folders there too; their locks tell.
+    found = [Removal(path, size_on_disk(path), "left by a killed build") for path in _entries(store, "work/*")]
+    found += _asked_for(store, everything=everything, tools=tools)
+    if not everything:
+        found += _old_outputs(store, days=days, max_bytes=max_bytes)
+        found += _old_downloads(store, days) if days is not None else []
+    return [item for item in found if _remove(store, item, dry_run=dry_run)]
+
+
+def sweep(store: Store) -> None:
+    """Remove what killed builds left. Cheap when there is nothing."""
+    for path in _entries(store, "work/*"):
+        _remove(store, Removal(path, 0, ""), dry_run=False)
+
+
+def _asked_for(store: Store, *, everything: bool, tools: bool) -> list[Removal]:
+    pattern = "objects/*/*" if everything else "objects/tools/*" if tools else ""
+    paths = _entries(store, pattern) if pattern else []
+    if everything:
+        paths += [path for name in SHARED for path in _entries(store, name)]
+    return [Removal(path, size_on_disk(path), "asked for") for path in paths]
+
+
+def _old_outputs(store: Store, *, days: float | None, max_bytes: int | None) -> list[Removal]:
+    paths = [path for path in _entries(store, "objects/*/*") if path.parent.name != "tools"]
+    outputs = sorted((_last_used(path), size_on_disk(path), path) for path in paths)
+    kept_bytes = sum(size for _, size, _ in outputs)
+    found = []
+    for used, size, path in outputs:
         age_days = (time.time() - used) / 86400
         if days is not None and age_days >= days:
             why = f"not used for {age_days:.0f} days"
@@ -77,29 +101,52 @@ def clean_cache(
             why = "least recently used"
         else:
             continue
-        kept_bytes -= item.size_bytes
-        removals.append(Removal(item.path, item.size_bytes, why))
-    if everything:
-        removals += [Removal(p, size_on_disk(p), "asked for") for name in SHARED for p in _folders(store, name)]
-    return [item for item in removals if dry_run or _remove(store, item)]
+        kept_bytes -= size
+        found.append(Removal(path, size, why))
+    return found
 
 
-def _folders(store: Store, pattern: str) -> list[Path]:
-    return sorted(path for path in store.directory.glob(pattern) if path.is_dir())
+def _old_downloads(store: Store, days: float) -> list[Removal]:
+    latest = time.time() - 86400 * days
+    paths = [path for name in _AGING for path in _entries(store, f"{name}/**/*") if not path.is_dir()]
+    # An archive's state is used whenever its stamp is looked at.
+    paths += [path for path in _entries(store, "apt/*") if path.is_dir()]
+    found = []
+    for path in paths:
+        used = _last_used(path, "updated.json") if path.is_dir() else path.lstat().st_mtime
+        if used <= latest:
+            found.append(Removal(path, size_on_disk(path), f"not used for {(time.time() - used) / 86400:.0f} days"))
+    return found
 
 
-def _last_used(path: Path) -> float:
+def _entries(store: Store, pattern: str) -> list[Path]:
+    return sorted(store.directory.glob(pattern))
+
+
+def _last_used(path: Path, stamp: str = MANIFEST) -> float:
     try:
-        return (path / MANIFEST).stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+        return (path / stamp).stat().st_mtime
+    except OSError:
+        return path.lstat().st_mtime
 
 
-def _remove(store: Store, item: Removal) -> bool:
-    relative = item.path.relative_to(store.directory).parts
-    name = relative[1] if relative[0] == "work" else "-".join(relative[1:]) if relative[0] == "objects" else "shared"
-    with _unless_locked(store, name) as free:
-        if free and item.path.exists():
-            remove_tree(item.path)
+def _remove(store: Store, item: Removal, *, dry_run: bool) -> bool:
+    kind, *rest = item.path.relative_to(store.directory).parts
+    if kind == "work":
+        # Nobody but its builder uses a work folder.
+        locks = [rest[0].partition(ASIDE)[0]]
+    else:
+        name = "-".join(rest) if kind == "objects" else "shared"
+        locks = [name, f"use-{name}"]
+    with _locked(store, locks) as free:
+        if not free or not item.path.exists():
+            return False
+        if dry_run:
             return True
-    return False
+        if not item.path.is_dir():
+            item.path.unlink()
+        elif kind == "objects":
+            remove_tree(store.set_aside(item.path, rest[0], rest[1]))
+        else:
+            remove_tree(item.path)
+        return True

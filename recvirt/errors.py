@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,3 +134,14 @@ class LockedError(RecvirtError):
     """Another recvirt works on the same thing and waiting was not wanted."""
 
     exit_code = 13
+
+
+def from_os_error(error: OSError, doing: str = "") -> RecvirtError:
+    """What the system refused, as an error for a person; ``doing`` says during what."""
+    where = f": {error.filename}" if error.filename else ""
+    text = f"{doing + ': ' if doing else ''}{os.strerror(error.errno) if error.errno else error}{where}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return SpaceError(text, hint="free some room (recvirt clean --dry-run shows what the cache holds)")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return RecvirtError(text, hint="choose a place that you may write to: --cache-dir, --build-dir")
+    return RecvirtError(text)

@@ -44,6 +44,7 @@ _KEPT_VARIABLES = (
 _TAIL_LINES = 20
 #: Programs under way, for :func:`stop_all`. Weak: a finished and forgotten one drops out by itself.
 _stopping = threading.Event()
+_starting = threading.Lock()
 _running: weakref.WeakSet[subprocess.Popen[bytes]] = weakref.WeakSet()
 
 
@@ -88,8 +89,12 @@ def quote(argv: Iterable[str]) -> str:
 
 
 def bound_argv(argv: Sequence[str]) -> list[str]:
-    """``argv``, made to die with the thread that started it."""
-    return [find_tool("setpriv"), "--pdeathsig", "KILL", "--", *argv]
+    """``argv``, made to die with the thread that started it.
+
+    The shell starts it only if that is still there: we may have been killed before the signal was arranged.
+    """
+    guard = f'[ "$PPID" = {os.getpid()} ] && exec "$@"'
+    return [find_tool("setpriv"), "--pdeathsig", "KILL", "--", "/bin/sh", "-c", guard, "sh", *argv]
 
 
 def start(
@@ -114,8 +119,19 @@ def start(
         bound_argv(argv), cwd=cwd, env=environment, stdin=stdin, stdout=stdout, stderr=stderr,
         start_new_session=True, pass_fds=pass_fds,
     )  # fmt: skip
-    _running.add(process)
+    with _starting:
+        _running.add(process)
+    if _stopping.is_set():
+        # stop_all() came between the two looks, and may have missed this one.
+        _kill_session(process)
     return process
+
+
+def _kill_session(process: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
 
 
 def stop_all() -> None:
@@ -124,12 +140,11 @@ def stop_all() -> None:
     :func:`allow_start` lifts the ban.
     """
     _stopping.set()
-    for process in list(_running):
+    with _starting:
+        running = list(_running)
+    for process in running:
         if process.poll() is None:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            _kill_session(process)
 
 
 def allow_start() -> None:
@@ -151,10 +166,7 @@ def stop(process: subprocess.Popen[bytes], *, grace_seconds: float = 5.0) -> int
         except subprocess.TimeoutExpired:
             continue
     # A child of the session may have outlived its leader.
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
+    _kill_session(process)
     return process.wait()
 
 

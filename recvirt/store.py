@@ -4,6 +4,7 @@ Layout below the cache directory::
 
     objects/<stage>/<key>/   manifest.json and the outputs (read-only to everyone else)
     locks/<stage>-<key>      one flock(2) a key; held while building
+    locks/use-<stage>-<key>  held, shared with others, by whoever uses an output: what is in use is not cleaned
     work/<stage>-<key>/      a build under way; left only by a killed one, and removed by whoever holds the lock next
 
 ``manifest.json`` is written last and the folder renamed into place after it was synced: a build killed at any instant
@@ -19,16 +20,18 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from recvirt.errors import LockedError, VerificationError
 from recvirt.ui import reporter
 
 MANIFEST = "manifest.json"
+#: In the names of folders below ``work`` that only wait for their deletion.
+ASIDE = ".aside-"
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,7 @@ def canonical(value: Any) -> Any:
         return {"name": value.name, "sha256": value.sha256}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            f.name: canonical(getattr(value, f.name))
-            for f in dataclasses.fields(value)
-            if f.metadata.get("key", True)
+            f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value) if f.metadata.get("key", True)
         }
     if isinstance(value, (list, tuple)):
         return [canonical(item) for item in value]
@@ -103,31 +104,43 @@ class Store:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._in_use: dict[str, IO[str]] = {}  # lock files, open as long as this object lives
 
     def object_dir(self, stage: str, key: str) -> Path:
         """Where a whole output of ``stage`` lies (or would)."""
         return self.directory / "objects" / stage / key
 
     def get(self, stage: str, key: str) -> Output | None:
-        """The whole output of ``key``, or None. Marks it as used now."""
+        """The whole output of ``key``, or None. Marks it as used now, and as in use while this object lives."""
         directory = self.object_dir(stage, key)
+        if not directory.exists():
+            return None
+        self.hold(f"{stage}-{key}")
         manifest = _read_manifest(directory / MANIFEST)
         if manifest is None:
             return None
         for name, facts in manifest["outputs"].items():
-            # Size is the cheap check; ``verify`` compares digests.
-            try:
-                size = (directory / name).stat().st_size
-            except FileNotFoundError:
-                size = -1
-            if size != facts["bytes"]:
+            if not _is_untouched(directory / name, facts):
                 reporter.warn(f"cached {stage} {key[:12]} is damaged ({name}); it is built again")
                 return None
         try:
             os.utime(directory / MANIFEST)
-        except PermissionError:
-            pass
+        except OSError:
+            pass  # a cache that is only read
         return Output(stage, key, directory, manifest)
+
+    def hold(self, name: str) -> None:
+        """Keep ``<stage>-<key>`` (or a shared folder) from being cleaned while this object lives."""
+        path = self.directory / "locks" / f"use-{name}"
+        if name in self._in_use:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = path.open("a")
+        except OSError:
+            return  # nothing can be removed from a cache that is only read
+        fcntl.flock(stream, fcntl.LOCK_SH)
+        self._in_use[name] = stream
 
     def verify(self, output: Output) -> None:
         """Compare every file of an output with the digest in its manifest; VerificationError on a difference."""
@@ -167,15 +180,29 @@ class Store:
         """An empty folder to build in; what a killed build left there is removed. Call with the lock held."""
         folder = self.directory / "work" / f"{stage}-{key}"
         if folder.exists():
-            remove_tree(folder)
+            remove_tree(self.set_aside(folder, stage, key))
         folder.mkdir(parents=True)
         return folder
+
+    def set_aside(self, folder: Path, stage: str, key: str) -> Path:
+        """Take a folder out of the way in one step, to be deleted at leisure; returns where it is now.
+
+        What is half deleted must not look whole; and programs of a build that was just killed may still be dying in it.
+        """
+        aside = self.directory / "work" / f"{stage}-{key}{ASIDE}{os.getpid()}-{time.monotonic_ns()}"
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(aside)
+        return aside
 
     def commit(self, stage: str, key: str, work_dir: Path, *, label: str, inputs: Any, seconds: float) -> Output:
         """Make ``work_dir/out`` the output of ``key``: digests, manifest, sync, rename. Call with the lock held."""
         out = work_dir / "out"
         outputs = {
-            str(path.relative_to(out)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            str(path.relative_to(out)): {
+                "bytes": path.stat().st_size,
+                "sha256": sha256_of(path),
+                "mtime_ns": path.stat().st_mtime_ns,
+            }
             for path in sorted(out.iterdir())
             if path.is_file()
         }
@@ -189,11 +216,13 @@ class Store:
             os.fsync(stream.fileno())
         target = self.object_dir(stage, key)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            remove_tree(target)
+        self.hold(f"{stage}-{key}")
+        damaged = self.set_aside(target, stage, key) if target.exists() else None
         out.rename(target)
         _sync_dir(target.parent)
         remove_tree(work_dir)
+        if damaged is not None:
+            remove_tree(damaged)
         return Output(stage, key, target, manifest)
 
 
@@ -215,12 +244,41 @@ def _sync_dir(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _is_untouched(path: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether a file still is what was built. Its size and time tell cheaply; the digest decides when the time moved
+    (a restored backup is fine, a write through a link is not)."""
+    try:
+        found = path.stat()
+        if found.st_size != facts["bytes"]:
+            return False
+        if found.st_mtime_ns == facts.get("mtime_ns", found.st_mtime_ns):
+            return True
+        if sha256_of(path) != facts["sha256"]:
+            return False
+        os.utime(path, ns=(found.st_atime_ns, facts["mtime_ns"]))
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def remove_tree(folder: Path) -> None:
-    """Delete a tree, also one with read-only folders in it."""
+    """Delete a tree, also one with read-only folders in it, and one in which programs are still dying."""
 
     def unlock(function: Any, path: str, _error: Any) -> None:
         os.chmod(os.path.dirname(path), 0o700)
-        os.chmod(path, 0o700)
+        if Path(path).is_dir() and not Path(path).is_symlink():
+            os.chmod(path, 0o700)
         function(path)
 
-    shutil.rmtree(folder, onerror=unlock)
+    for patience in (0.05, 0.2, 1.0, None):
+        try:
+            shutil.rmtree(folder, onerror=unlock)
+            return
+        except OSError:
+            if not folder.exists():
+                return
+            if patience is None:
+                raise
+            time.sleep(patience)

@@ -74,8 +74,8 @@ class LocalArchive:
             inline.write_text(self.key.clearsign(release))
         # HTTP tells times in whole seconds: two publications within one would look the same.
         self.published += 1
-        for path in dist.rglob("*"):
-            os.utime(path, times=(now, now - 10_000 + 10 * self.published))
+        for written in dist.rglob("*"):
+            os.utime(written, times=(now, now - 10_000 + 10 * self.published))
 
 
 Fault = Callable[["_Handler", Path], None]
