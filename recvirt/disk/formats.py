@@ -1,6 +1,6 @@
 """The file formats of an image, all made from one raw disk.
 
-Owns the command lines of qemu-img(1) and the bytes that it would fill with chance: VHD footers, VMDK content identifiers.
+Owns the command lines of qemu-img(1) and the bytes that it would fill by chance: VHD footers, VMDK content identifiers.
 Does not own: the OVA's descriptor (:mod:`recvirt.disk.ova`).
 """
 
@@ -27,10 +27,10 @@ _FOOTER = struct.Struct(">8sIIQI4sI4sQQHBBII16sB427s")
 _VHD_EPOCH = 946_684_800
 
 
-def qcow2_argv(raw: Path, output: Path, jobs: int) -> list[str]:
+def qcow2_argv(raw: Path, output: Path) -> list[str]:
     """qemu-img(1): compressed with zstd. Clusters are written in order (no ``-W``), so that the bytes repeat."""
     return [
-        "qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", "-m", str(max(2, min(16, 4 * jobs))),
+        "qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", "-m", "8",
         "-o", "compression_type=zstd", str(raw), str(output),
     ]  # fmt: skip
 

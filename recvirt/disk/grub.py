@@ -31,7 +31,7 @@ MODULES = {
 _BOOT_CODE_BYTES = 440
 _KERNEL_SECTOR = 0x5C
 _DRIVE_CHECK = 0x66
-#: Offset of the last blocklist entry in diskboot.img, the core image's first sector (diskboot.S): start, length, segment.
+#: Offset of the last blocklist entry in diskboot.img, the core image's first sector: start, length, segment.
 _BLOCKLIST = 0x1F4
 _BLOCKLIST_ENTRY = struct.Struct("<QHH")
 _SEGMENT = 0x820

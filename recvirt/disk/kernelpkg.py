@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from recvirt.disk.packages import INSTALLED, parse_status
 from recvirt.disk.tarmerge import Changes, TarIndex, compare, extract, snapshot
 from recvirt.errors import StageError
 from recvirt.sandbox import ToolsRoot
@@ -54,26 +55,12 @@ def dpkg_argv(tree: Path, package: Path, options: Iterable[str] = ()) -> list[st
     ]  # fmt: skip
 
 
-def parse_status(text: str) -> dict[str, dict[str, str]]:
-    """dpkg's status file: ``package:arch`` -> its fields (single lines; continuation lines are left out)."""
-    found = {}
-    for block in text.split("\n\n"):
-        fields: dict[str, str] = {}
-        for line in block.splitlines():
-            if line[:1] not in (" ", "\t") and ":" in line:
-                name, value = line.split(":", 1)
-                fields[name] = value.strip()
-        if "Package" in fields:
-            found[f"{fields['Package']}:{fields.get('Architecture', '')}"] = fields
-    return found
-
-
 def unsettled(before: Mapping[str, Mapping[str, str]], after: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Packages that the installation left in another state than ``install ok installed``, or changed on the way."""
     problems = []
     for name, fields in sorted(after.items()):
         old = before.get(name)
-        if fields.get("Status") != "install ok installed" and (old is None or old.get("Status") != fields["Status"]):
+        if fields.get("Status") != INSTALLED and (old is None or old.get("Status") != fields["Status"]):
             problems.append(f"{name} is {fields.get('Status')!r}")
         elif old is not None and old.get("Version") != fields.get("Version"):
             problems.append(f"{name} went from {old.get('Version')} to {fields.get('Version')}")

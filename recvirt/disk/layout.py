@@ -15,7 +15,7 @@ from recvirt.errors import ConfigError
 SECTOR = 512
 MIB = 1024 * 1024
 
-#: GPT partition types (UEFI specification 5.3.3; GRUB manual, "BIOS installation"; Discoverable Partitions Specification).
+#: GPT partition types (UEFI specification 5.3.3; GRUB manual, "BIOS installation"; Discoverable Partitions).
 TYPE_ESP = uuid.UUID("c12a7328-f81f-11d2-ba4b-00a0c93ec93b")
 TYPE_BIOS_BOOT = uuid.UUID("21686148-6449-6e6f-744e-656564454649")
 TYPE_ROOT_X86_64 = uuid.UUID("4f68bce3-e8cd-4db1-96e7-fbcaf984b709")
@@ -23,7 +23,7 @@ TYPE_ROOT_X86_64 = uuid.UUID("4f68bce3-e8cd-4db1-96e7-fbcaf984b709")
 ESP_LABEL = "RECVIRT-ESP"
 ROOT_LABEL = "recvirt-root"
 
-#: FAT needs 65525 clusters to be FAT32 (Microsoft's FAT specification); with one-sector clusters that is just below 33 MiB.
+#: FAT32 has 65525 clusters or more (Microsoft's FAT specification): of one sector each, just below 33 MiB.
 FAT32_FROM_BYTES = 34 * MIB
 _SMALLEST_ESP = 8 * MIB
 _SMALLEST_ROOT = 64 * MIB

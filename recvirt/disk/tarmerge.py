@@ -175,25 +175,7 @@ def changes_archive(tree: Path, names: Iterable[str], index: TarIndex, epoch: in
     return buffer.getvalue()
 
 
-def kept_ranges(index: TarIndex, dropped: set[str]) -> list[tuple[int, int]]:
-    """The byte ranges of ``index`` without the members in ``dropped`` (clean names) and what lies below them.
-
-    StageError when a hard link that stays leads to a file that goes.
-    """
-    ranges: list[tuple[int, int]] = []
-    for member in index.members:
-        if _is_dropped(member.name, dropped):
-            continue
-        if member.info.islnk() and clean_name(member.info.linkname) in dropped:
-            raise StageError(f"{member.name} is a hard link to {member.info.linkname}, which is replaced")
-        if ranges and ranges[-1][1] == member.start:
-            ranges[-1] = (ranges[-1][0], member.end)
-        else:
-            ranges.append((member.start, member.end))
-    return ranges
-
-
-def _is_dropped(name: str, dropped: set[str]) -> bool:
+def _is_dropped(name: str, dropped: frozenset[str]) -> bool:
     while name:
         if name in dropped:
             return True
@@ -201,16 +183,63 @@ def _is_dropped(name: str, dropped: set[str]) -> bool:
     return False
 
 
-def write_merged(index: TarIndex, dropped: set[str], changes: bytes, output: BinaryIO) -> None:
-    """Write the merged archive: what stays of ``index``, then ``changes`` (a whole archive)."""
-    with index.path.open("rb") as source:
-        for start, end in kept_ranges(index, dropped):
-            source.seek(start)
-            left = end - start
-            while left:
-                chunk = source.read(min(left, _CHUNK))
-                if not chunk:
-                    raise StageError(f"{index.path} is cut short")
-                output.write(chunk)
-                left -= len(chunk)
-    output.write(changes or _END_OF_ARCHIVE)
+@dataclass(frozen=True)
+class Merge:
+    """A root archive without the members in ``dropped`` (clean names, with all below), plus an archive of changes."""
+
+    index: TarIndex
+    dropped: frozenset[str]
+    changes: bytes
+
+    @cached_property
+    def _kept(self) -> tuple[Member, ...]:
+        return tuple(member for member in self.index.members if not _is_dropped(member.name, self.dropped))
+
+    @cached_property
+    def _added(self) -> tuple[tarfile.TarInfo, ...]:
+        if not self.changes:
+            return ()
+        with tarfile.open(fileobj=io.BytesIO(self.changes)) as archive:
+            return tuple(archive.getmembers())
+
+    @property
+    def members(self) -> int:
+        """How many files, folders and links the result holds."""
+        return len(self._kept) + len(self._added)
+
+    @property
+    def data_bytes(self) -> int:
+        """Size of all regular files of the result."""
+        return sum(m.info.size for m in self._kept if m.info.isreg()) + sum(i.size for i in self._added if i.isreg())
+
+    @property
+    def times(self) -> dict[str, int]:
+        """Clean name -> time, in seconds since 1970."""
+        kept = {member.name: int(member.info.mtime) for member in self._kept}
+        return kept | {clean_name(info.name): int(info.mtime) for info in self._added}
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """The byte ranges of the old archive that stay. StageError when a hard link that stays leads to what goes."""
+        found: list[tuple[int, int]] = []
+        for member in self._kept:
+            if member.info.islnk() and _is_dropped(clean_name(member.info.linkname), self.dropped):
+                raise StageError(f"{member.name} is a hard link to {member.info.linkname}, which is replaced")
+            if found and found[-1][1] == member.start:
+                found[-1] = (found[-1][0], member.end)
+            else:
+                found.append((member.start, member.end))
+        return found
+
+    def write(self, output: BinaryIO) -> None:
+        """Write the merged archive: what stays, then the changes."""
+        with self.index.path.open("rb") as source:
+            for start, end in self.ranges():
+                source.seek(start)
+                left = end - start
+                while left:
+                    chunk = source.read(min(left, _CHUNK))
+                    if not chunk:
+                        raise StageError(f"{self.index.path} is cut short")
+                    output.write(chunk)
+                    left -= len(chunk)
+        output.write(self.changes or _END_OF_ARCHIVE)

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-from recvirt.disk import bootconf, filesystem, formats, gpt, grub
-from recvirt.disk.kernelpkg import SparseTree
-from recvirt.disk.layout import Layout, plan_layout
-from recvirt.disk.tarmerge import TarIndex, changes_archive, write_merged
+from recvirt.disk import bootconf, filesystem, formats, gpt, grub, initramfs, packages, spdx
+from recvirt.disk.convert import Converter
+from recvirt.disk.facts import IN_IMAGE, Facts, as_json, sources_note
+from recvirt.disk.kernelpkg import STATUS, SparseTree
+from recvirt.disk.layout import Layout, derived_uuid, plan_layout
+from recvirt.disk.rootfill import Filler
+from recvirt.disk.tarmerge import Merge, TarIndex, changes_archive
 from recvirt.errors import SpaceError, StageError
 from recvirt.model import Profile, parse_size
 from recvirt.stages.base import Context, Work
-from recvirt.store import Upstream, canonical
+from recvirt.store import Upstream, canonical, sha256_of
 from recvirt.ui import format_bytes, reporter
 
 #: Packages of the tools root whose version may change the bytes.
@@ -105,20 +109,22 @@ class _Build:
         self.cmdline = bootconf.command_line(self.layout, inputs.filesystem, inputs.cmdline)
         self.tree = work.scratch / "kernel" / "tree"
         self.disk = work.scratch / "disk.raw"
-        self.release = ""
 
     def run(self) -> None:
         """All steps, in order."""
         self._check_space()
         with reporter.step("install the kernel"):
-            dropped, changes = self._install_kernel()
+            merge, facts = self._install_kernel()
         with reporter.step(f"fill the {self.inputs.filesystem} root"):
-            self._make_disk()
-            self._fill_root(dropped, changes)
+            with self.disk.open("wb") as stream:
+                stream.truncate(self.layout.size_bytes)
+            filler = Filler(self.disk, self.layout, self.tools, self.work.scratch, self.work.log, self.epoch)
+            filler.fill(self.inputs.filesystem, merge)
         with reporter.step("write the boot code"):
             self._write_boot_code()
         with reporter.step(f"write {', '.join(self.inputs.formats)}"):
-            self._write_formats()
+            files = self._write_formats()
+        self._write_facts(facts, files)
 
     def _check_space(self) -> None:
         needed = formats.needed_bytes(self.index.data_bytes, self.inputs.formats)
@@ -129,37 +135,53 @@ class _Build:
                 hint="free some room (recvirt clean --dry-run shows what the cache holds) or set --cache-dir",
             )
 
-    def _install_kernel(self) -> tuple[set[str], bytes]:
-        """The names that the root archive loses and the archive of what it gains."""
+    def _install_kernel(self) -> tuple[Merge, Facts]:
+        """What becomes of the root archive, and the facts about it."""
+        package = self._kernel_package()
+        if package is not None and self.inputs.initramfs == "small":
+            self.index = initramfs.install(self.index, package, self.work.scratch, self.tools, self.work.log)
+            package = None
         sparse = SparseTree(self.tree, self.index, self.tools, self.work.log)
         sparse.unpack()
         before = sparse.snapshot()
-        if self.inputs.kernel is not None:
-            sparse.install(self.work.upstream_dirs["kernel_build"] / "linux-image.deb")
+        if package is not None:
+            sparse.install(package)
         kernels = sparse.kernels()
         if not kernels:
             raise StageError("there is no kernel in /boot", hint="add one to the profile's packages, or build one")
-        self.release = kernels[0]
-        conf = self.tree / "etc/recvirt/boot.conf"
-        conf.parent.mkdir(parents=True, exist_ok=True)
-        conf.write_text(bootconf.boot_conf(self.cmdline, self.inputs.boot_timeout))
-        (self.tree / "boot/efi/recvirt").mkdir(parents=True, exist_ok=True)
-        sparse.update_boot("--set-good", self.release)
+        facts = self._facts(kernels[0])
+        self._write_in_image(facts)
+        sparse.update_boot("--set-good", kernels[0])
         changes = sparse.changes(before)
         archive = changes_archive(self.tree, changes.written, self.index, self.epoch)
         gone = {name for name in changes.written if not (self.tree / name).is_dir()} | set(changes.removed)
-        return gone, archive
+        return Merge(self.index, frozenset(gone), archive), facts
 
-    def _make_disk(self) -> None:
-        with self.disk.open("wb") as stream:
-            stream.truncate(self.layout.size_bytes)
+    def _kernel_package(self) -> Path | None:
+        if self.inputs.kernel is None:
+            return None
+        return self.work.upstream_dirs["kernel_build"] / "linux-image.deb"
 
-    def _fill_root(self, dropped: set[str], changes: bytes) -> None:
-        self.tools.run(
-            filesystem.mkfs_ext4_argv(self.disk, self.layout, "-"),
-            writable=[self.work.scratch], log_path=self.work.log, env={"SOURCE_DATE_EPOCH": str(self.epoch)},
-            feed=lambda stream: write_merged(self.index, dropped, changes, stream),
+    def _facts(self, release: str) -> Facts:
+        installed = packages.installed(packages.parse_status((self.tree / STATUS).read_text()).values())
+        owner = packages.owner_of(f"/boot/vmlinuz-{release}", self.tree / "var/lib/dpkg/info")
+        stages = {up.stage: up.key for up in (self.inputs.root, self.inputs.kernel) if up is not None}
+        return Facts(
+            profile=self.inputs.profile, suite=self.inputs.suite, filesystem=self.inputs.filesystem,
+            initramfs="none" if not (self.tree / f"boot/initrd.img-{release}").exists() else "small",
+            release=release, kernel_package=owner, cmdline=self.cmdline, epoch=self.epoch, stages=stages,
+            tools=self.inputs.tools, layout=self.layout, packages=installed,
         )  # fmt: skip
+
+    def _write_in_image(self, facts: Facts) -> None:
+        for name, text in (
+            ("etc/recvirt/boot.conf", bootconf.boot_conf(self.cmdline, self.inputs.boot_timeout)),
+            (IN_IMAGE, as_json(facts.as_json())),
+        ):
+            path = self.tree / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        (self.tree / "boot/efi/recvirt").mkdir(parents=True, exist_ok=True)
 
     def _write_boot_code(self) -> None:
         core, loader = self.work.scratch / "core.img", self.work.scratch / "BOOTX64.EFI"
@@ -168,6 +190,8 @@ class _Build:
         esp = self.tree / "boot/efi"
         (esp / "EFI/BOOT").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(loader, esp / "EFI/BOOT/BOOTX64.EFI")
+        for path in (esp, *esp.rglob("*")):
+            os.utime(path, (self.epoch, self.epoch))
         self._run(filesystem.mkfs_esp_argv(self.disk, self.layout))
         self._run(filesystem.copy_to_esp_argv(self.disk, self.layout, sorted(esp.iterdir())))
         boot_image = (self.tools.rootfs / "usr/lib/grub/i386-pc/boot.img").read_bytes()
@@ -177,18 +201,35 @@ class _Build:
 
     def _run(self, argv: list[str]) -> None:
         env = {"SOURCE_DATE_EPOCH": str(self.epoch), "TZ": "UTC", "MTOOLS_SKIP_CHECK": "1"}
-        self.tools.run(argv, writable=[self.work.scratch, self.work.out], log_path=self.work.log, env=env)
+        self.tools.run(argv, writable=[self.work.scratch], log_path=self.work.log, env=env)
 
-    def _write_formats(self) -> None:
+    def _write_formats(self) -> list[Path]:
+        converter = Converter(
+            self.disk, self.layout, self.work.out, self.work.scratch, self.tools, self.work.log,
+            name=f"recvirt-{self.inputs.profile}", product=f"Debian {self.inputs.suite}, recvirt", epoch=self.epoch,
+        )  # fmt: skip
+        return converter.write(self.inputs.formats)
+
+    def _write_facts(self, facts: Facts, files: list[Path]) -> None:
         with ThreadPoolExecutor() as pool:
-            list(pool.map(self._write_format, self.inputs.formats))
-
-    def _write_format(self, name: str) -> None:
-        output = self.work.out / formats.FILE_NAMES[name]
-        if name == "qcow2":
-            self._run(formats.qcow2_argv(self.disk, output, self.work.context.jobs))
-
-
-def as_json(value: Any) -> str:
-    """JSON as all our files have it."""
-    return json.dumps(value, indent=1, sort_keys=True) + "\n"
+            digests = list(pool.map(sha256_of, files))
+        told = {
+            path.name: {"format": name, "bytes": path.stat().st_size, "sha256": digest}
+            for name, path, digest in zip(self.inputs.formats, files, digests, strict=True)
+        }
+        subject = spdx.Subject(
+            name=f"recvirt-{facts.profile}", suite=facts.suite, epoch=facts.epoch,
+            kernel_package=facts.kernel_package if self.inputs.kernel is not None else "",
+            identifier=derived_uuid(self.inputs.seed, "sbom"), sha256=digests[0],
+        )  # fmt: skip
+        info = None
+        if self.inputs.kernel is not None:
+            info = json.loads((self.work.upstream_dirs["kernel_build"] / "build-info.json").read_text())
+        texts = {
+            "image.json": as_json({**facts.as_json(), "files": told}),
+            "packages.json": as_json([package.as_json() for package in facts.packages]),
+            "sbom.json": as_json(spdx.document(facts.packages, subject)),
+            "sources.txt": sources_note(facts, info, self.index.by_name),
+        }
+        for name, text in texts.items():
+            (self.work.out / name).write_text(text)
