@@ -1,12 +1,13 @@
 """From a resolved profile to an image: plan what is reused and what is built, then build it, side by side where it can.
 
-Owns: the order of the stages, reuse, the reasons for building again, and what lands in ``build/<profile>/``.
-Does not own: how a stage works (``stages/``), or where outputs are cached (``store``).
+Owns: the order of the stages, reuse, and the reasons for building again.
+Does not own: how a stage works (``stages/``), where outputs are cached (``store``), or what of them lands in
+``build/<profile>/`` (``products``).
 """
 
 from __future__ import annotations
 
-import os
+import errno
 import shutil
 import threading
 import time
@@ -16,8 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recvirt.errors import ConfigError, RecvirtError, SpaceError, StageError
+from recvirt.archive import forget_updates
+from recvirt.cleaning import sweep
+from recvirt.errors import ConfigError, RecvirtError, SpaceError, StageError, from_os_error
 from recvirt.model import Profile
+from recvirt.products import built_image, disk_is_full, publish
 from recvirt.run import allow_start, stop_all
 from recvirt.stages.base import Context, Stage, Work
 from recvirt.stages.guest_debs import GuestDebs
@@ -28,14 +32,10 @@ from recvirt.stages.root import RootStage
 from recvirt.store import Output, Store, canonical, key_of, remove_tree
 from recvirt.ui import format_bytes, reporter
 
+__all__ = ["STAGES", "STAGE_NAMES", "Builder", "Planned", "built_image", "check_space", "plan", "stages_for"]
+
 STAGES: tuple[Stage, ...] = (KernelConfig(), KernelBuild(), GuestDebs(), RootStage(), ImageStage())
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
-#: What a person gets from the outputs: stage -> file names (a trailing * matches any ending).
-PRODUCTS = {
-    "kernel_config": ("config", "report.json"),
-    "kernel_build": ("build-info.json",),
-    "image": ("disk.*", "*.json", "*.txt", "*.ovf"),
-}
 #: Room that a stage wants on the cache's disk unless it says otherwise (``space_bytes(inputs)``).
 _DEFAULT_SPACE = 512 * 1024**2
 
@@ -83,6 +83,7 @@ def _closure(stages: Sequence[Stage], name: str) -> set[str]:
 
 def plan(profile: Profile, store: Store, context: Context, *, until: str | None = None) -> list[Planned]:
     """What would run, what is reused, and why not. Builds nothing."""
+    forget_updates()
     planned: list[Planned] = []
     keys: dict[str, str] = {}
     for stage in stages_for(profile, until):
@@ -151,14 +152,27 @@ class Builder:
         self.store = store
         self.context = context
         self.product_dir = build_dir / profile.name
+        self.products: list[Path] = []
+        self.built: list[str] = []  # the stages that this run built itself, in the order they ended
         self.keep_failed = keep_failed
         self._failed = threading.Event()
 
     def run(self, planned: Sequence[Planned]) -> dict[str, Output]:
         """Build what is missing and return every stage's output. Raises the first stage's error."""
-        check_space(planned, self.store.directory)
-        allow_start()
-        (self.product_dir / "logs").mkdir(parents=True, exist_ok=True)
+        try:
+            sweep(self.store)
+            check_space(planned, self.store.directory)
+            (self.product_dir / "logs").mkdir(parents=True, exist_ok=True)
+            allow_start()
+            done = self._build_all(planned)
+            self.products = publish(done, self.product_dir)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise from_os_error(error) from error
+        return done
+
+    def _build_all(self, planned: Sequence[Planned]) -> dict[str, Output]:
         done: dict[str, Output] = {item.stage.name: item.output for item in planned if item.output}
         waiting = {item.stage.name: item for item in planned if not item.output}
         running: dict[Future[Output], str] = {}
@@ -175,7 +189,6 @@ class Builder:
                 self._failed.set()
                 stop_all()
                 raise
-        self._publish(done)
         return done
 
     def _ready(self, item: Planned, planned: Sequence[Planned], done: Mapping[str, Output]) -> bool:
@@ -203,52 +216,40 @@ class Builder:
         started = time.monotonic()
         try:
             item.stage.build(item.inputs, Work(folder / "out", folder / "scratch", log, self.context, upstream))
-            return self.store.commit(
-                name, key, folder, label=self.profile.name, inputs=item.inputs, seconds=time.monotonic() - started
+            seconds = time.monotonic() - started
+            output = self.store.commit(name, key, folder, label=self.profile.name, inputs=item.inputs, seconds=seconds)
+            self.built.append(name)
+            return output
+        except BaseException as error:
+            told = self._explain(error, name, folder, log)
+            self._discard(folder)
+            if told is error:
+                raise
+            raise told from error
+
+    def _explain(self, error: BaseException, name: str, folder: Path, log: Path) -> BaseException:
+        """The error as a person should see it. A full disk shows in many ways; look before the folder is gone."""
+        if isinstance(error, (SpaceError, BrokenPipeError)) or not isinstance(error, (OSError, RecvirtError)):
+            return error
+        if self._failed.is_set():
+            return error
+        full = disk_is_full(folder, log.parent)
+        if full is not None or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+            said = f"\n{error.message}" if isinstance(error, RecvirtError) else ""
+            return SpaceError(
+                f"{name}: the disk is full ({full or folder}){said}",
+                hint="free some room (recvirt clean --dry-run shows what the cache holds) or set --cache-dir",
             )
-        except OSError as error:
-            self._discard(folder)
-            if error.errno == 28:
-                raise SpaceError(
-                    f"{name}: the disk is full ({folder})", hint="recvirt clean --dry-run shows what the cache holds"
-                ) from error
-            raise StageError(f"{name}: {error}", hint=f"the log: {log}") from error
-        except BaseException:
-            self._discard(folder)
-            raise
+        if isinstance(error, OSError):
+            told = from_os_error(error, name)
+            return StageError(told.message, hint=told.hint or f"the log: {log}")
+        return error
 
     def _discard(self, folder: Path) -> None:
         if self.keep_failed:
             reporter.warn(f"kept for a look: {folder}")
         elif folder.exists():
             remove_tree(folder)
-
-    def _publish(self, done: Mapping[str, Output]) -> None:
-        for stage, patterns in PRODUCTS.items():
-            if stage not in done:
-                continue
-            for pattern in patterns:
-                for source in sorted(done[stage].directory.glob(pattern)):
-                    if source.name != "manifest.json":
-                        name = source.name if stage == "image" else f"{stage}-{source.name}"
-                        link_or_copy(source, self.product_dir / name)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make ``target`` the same content as ``source``: a hard link where the file system allows, else a copy.
-
-    Cached files are read-only, so that a write through the link can't damage the cache. Replaced atomically.
-    """
-    if target.exists() and target.stat().st_ino == source.stat().st_ino:
-        return
-    source.chmod(0o444)
-    partial = target.with_name(f".{target.name}.part")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except OSError:
-        shutil.copyfile(source, partial)
-    partial.replace(target)
 
 
 def check_space(planned: Sequence[Planned], directory: Path) -> None:
@@ -265,14 +266,3 @@ def check_space(planned: Sequence[Planned], directory: Path) -> None:
             f"about {format_bytes(wanted)} are needed below {directory}, {format_bytes(free)} are free",
             hint="free some room (recvirt clean), or set --cache-dir to a larger disk",
         )
-
-
-def built_image(profile_name: str, build_dir: Path) -> Path:
-    """The image of a profile that was built before; RecvirtError with the command to run if there is none."""
-    for name in ("disk.qcow2", "disk.raw"):
-        path = build_dir / profile_name / name
-        if path.exists():
-            return path
-    raise RecvirtError(
-        f"there is no image of {profile_name} in {build_dir}", hint=f"build it: recvirt build {profile_name}"
-    )

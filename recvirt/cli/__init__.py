@@ -11,14 +11,15 @@ import signal
 import sys
 import traceback
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from recvirt import __version__
-from recvirt.errors import RecvirtError
+from recvirt.errors import RecvirtError, from_os_error
 from recvirt.run import stop_all
 from recvirt.ui import reporter
 
@@ -47,20 +48,36 @@ VERBS = {
     "completion": "completion:completion",
 }
 INTERRUPTED = 130
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: As a shell tells of a program that SIGPIPE ended.
+OUTPUT_CLOSED = 141
 
 
 class LazyGroup(click.Group):
     """Imports a verb's module when it is needed."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """The verbs in the order of the help."""
         return list(VERBS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Import a verb."""
         if cmd_name not in VERBS:
             return None
         module, attribute = VERBS[cmd_name].split(":")
         command: click.Command = getattr(importlib.import_module(f"recvirt.cli.{module}"), attribute)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a verb; end quietly when nobody reads what it says."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # The reader of our output went away (as `recvirt profiles | head -1` does). Nobody is left to tell.
+            stop_all()
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            raise click.exceptions.Exit(OUTPUT_CLOSED) from None
 
 
 def default_cache_dir() -> Path:
@@ -78,9 +95,9 @@ class App:
     debug: bool = False
     tools_mirror: str | None = None
 
-    @property
+    @cached_property
     def store(self) -> Store:
-        """The cache."""
+        """The cache. One object for the whole run: it holds what is in use."""
         from recvirt.store import Store
 
         return Store(self.cache_dir.absolute())
@@ -95,6 +112,8 @@ class App:
         """What the stages get from the host."""
         from recvirt.stages.base import Context
 
+        # The shared folders (packages, sources, apt's state) are in use from here on.
+        self.store.hold("shared")
         count = jobs or len(os.sched_getaffinity(0))
         return Context(tools=self.tools(), cache_dir=self.store.directory, jobs=count, offline=offline)
 
@@ -153,32 +172,32 @@ def cli(
 
 
 def _on_terminate(_number: int, _frame: FrameType | None) -> None:
+    # A second one ends us at once. What is left then the next run clears away, as after kill -9.
+    for number in _ENDING:
+        signal.signal(number, signal.SIG_DFL)
     raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit: 0, an error's own status, 2 for wrong usage, 130 when interrupted."""
-    signal.signal(signal.SIGTERM, _on_terminate)
-    signal.signal(signal.SIGHUP, _on_terminate)
+    for number in _ENDING:
+        # What was ignored when we were started (nohup(1), a shell's background) stays ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _on_terminate)
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
         status = cli.main(args=argv, prog_name="recvirt", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
-    except click.exceptions.Exit as leaving:
-        sys.exit(leaving.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except RecvirtError as error:
+    except (RecvirtError, OSError) as error:
         if debug:
             traceback.print_exc()
-        reporter.error(error.message, error.hint)
-        sys.exit(error.exit_code)
+        told = error if isinstance(error, RecvirtError) else from_os_error(error)
+        reporter.error(told.message, told.hint)
+        sys.exit(told.exit_code)
     except (KeyboardInterrupt, click.Abort):
         stop_all()
         reporter.error("interrupted", "what was whole is kept; the next run carries on from there")
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output went away (as `recvirt profiles | head -1` does); nothing is wrong.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)

@@ -81,13 +81,13 @@ def build(
     planned = pipeline.plan(loaded.model, app.store, context, until=until)
     builder = pipeline.Builder(loaded.model, app.store, context, app.build_dir.absolute(), keep_failed=app.debug)
     outputs = builder.run(planned)
-    products = sorted(p for p in builder.product_dir.iterdir() if p.is_file() and not p.name.startswith("."))
+    products = builder.products
     if as_json:
         stages = [{**item.as_json(), "directory": str(outputs[item.stage.name].directory)} for item in planned]
         click.echo(json.dumps({"profile": loaded.model.name, "stages": stages, "products": [str(p) for p in products]}))
         return
-    built = [item.stage.name for item in planned if not item.output]
     seconds = format_seconds(time.monotonic() - started)
-    reporter.info(f"{loaded.model.name}: {'built ' + ', '.join(built) if built else 'nothing changed'} ({seconds})")
+    done = f"built {', '.join(builder.built)}" if builder.built else "nothing changed"
+    reporter.info(f"{loaded.model.name}: {done} ({seconds})")
     for path in products:
         click.echo(f"{format_bytes(path.stat().st_size):>10}  {path}")
