@@ -79,6 +79,9 @@ make_venv() {
     done
     say "Making the virtual environment in $venv ..."
     [ -f "$venv/.made-run" ] || [ -f "$venv/.made-dev" ] || python3 -m venv --clear "$venv"
+    # A site's own authority is in the system's bundle (or the one that SSL_CERT_FILE names), not in pip's.
+    bundle=${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}
+    if [ -z "${PIP_CERT:-}" ] && [ -f "$bundle" ]; then PIP_CERT=$bundle && export PIP_CERT; fi
     extras=
     [ "$kind" = run ] || extras='[dev]'
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$top$extras" ||

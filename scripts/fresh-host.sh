@@ -16,6 +16,11 @@ trap 'rm -rf --one-file-system "$place"' EXIT INT TERM
 
 echo "== a new $suite tree in $place"
 mmdebstrap --quiet --variant=minbase --include=make,git,ca-certificates,sudo "$suite" "$place/tree"
+# What this machine trusts, a new one at the same site would trust too.
+if ls /usr/local/share/ca-certificates/*.crt >/dev/null 2>&1; then
+    cp /usr/local/share/ca-certificates/*.crt "$place/tree/usr/local/share/ca-certificates/"
+    chroot "$place/tree" update-ca-certificates >/dev/null
+fi
 git clone --quiet --no-local "$checkout" "$place/tree/src"
 if [ -n "${KEEP_CACHE:-}" ]; then mkdir -p "$KEEP_CACHE" "$place/tree/cache"; fi
 
