@@ -39,7 +39,10 @@ PACKAGES = {
 }  # fmt: skip
 #: Optional sets for named checks: a tools root of its own each, because few people want them.
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "bochs": ("bochs", "bochsbios", "vgabios", "bochs-term", "grub-pc-bin", "grub-common", "xorriso", "mtools", "cpio"),
+    "bochs": (
+        "bochs", "bochsbios", "vgabios", "bochs-term", "grub-pc-bin", "grub-common", "mtools", "kmod",
+        "xz-utils", "zstd",
+    ),
     # What benchmarks/run.py measures against. mkosi's own dependencies bring repart, ukify and the EFI boot loader.
     "mkosi": ("mkosi", "systemd-boot", "uidmap", "dosfstools", "mtools", "e2fsprogs", "cpio", "zstd", "python3-pefile"),
 }

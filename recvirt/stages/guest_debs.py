@@ -42,7 +42,8 @@ _MODE_LINE = re.compile(r"^([0-7]{3,4})\s+([^/\s]\S*)$")
 PROGRAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "recvirt-nested-check": {
         "usr/bin/recvirt-nested-check": (
-            "main.c", "util.c", "cpuid.c", "facts.c", "l2.c", "guest.S", "hints.c", "verdict.c", "report.c", "initramfs.c",
+            "main.c", "util.c", "cpuid.c", "facts.c", "l2.c", "guest.S", "hints.c", "verdict.c", "report.c",
+            "initramfs.c",
         ),
         "usr/lib/recvirt/l2-init": ("init.c", "util.c", "cpuid.c"),
     }
@@ -176,7 +177,8 @@ def compile_argv(sources: Sequence[str], output: Path, version: str, *, extra: S
     """musl-gcc's command line for a static program. Run it in the folder of the sources: no path enters the bytes."""
     return [
         "musl-gcc", "-std=gnu11", "-Os", "-static", "-s", "-fstack-protector-strong", "-Wall", "-Wextra",
-        "-Wconversion", "-Wno-sign-conversion", "-ffile-prefix-map=.=.", "-Wl,--build-id=none", "-Wl,-z,noexecstack", f'-DVERSION="{version}"',
+        "-Wconversion", "-Wno-sign-conversion", "-ffile-prefix-map=.=.", "-Wl,--build-id=none", "-Wl,-z,noexecstack",
+        f'-DVERSION="{version}"',
         # musl-gcc leaves the kernel's headers (linux/kvm.h) out; musl's own must win.
         "-idirafter", "/usr/include", "-idirafter", "/usr/include/x86_64-linux-gnu",
         *extra, "-o", str(output), *sources,
