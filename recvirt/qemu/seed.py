@@ -59,10 +59,15 @@ class CloudConfig:
 
 def make_seed(tools: ToolsRoot, config: CloudConfig, folder: Path) -> Path:
     """Write ``seed.img`` into ``folder``."""
+    (folder / "user-data").write_text(config.user_data())
+    (folder / "meta-data").write_text(config.meta_data())
+    return pack_seed(tools, folder)
+
+
+def pack_seed(tools: ToolsRoot, folder: Path) -> Path:
+    """Make ``seed.img`` of the files ``user-data`` and ``meta-data`` in ``folder``."""
     seed = folder / "seed.img"
     user_data, meta_data = folder / "user-data", folder / "meta-data"
-    user_data.write_text(config.user_data())
-    meta_data.write_text(config.meta_data())
     with seed.open("wb") as stream:
         stream.truncate(_SEED_BYTES)
     sectors = str(_SEED_BYTES // 512)

@@ -30,12 +30,17 @@ def make_key(folder: Path, name: str = "id_ed25519") -> Path:
 
 @dataclass(frozen=True)
 class SshAccess:
-    """How to reach one running guest. ``folder`` holds the config, the known hosts and the control socket."""
+    """How to reach one running guest. ``folder`` holds the config and the control socket.
+
+    ``proxy`` is the ssh_config of a guest through which this one is reached.
+    """
 
     folder: Path
     port: int
     user: str
     key: Path
+    host: str = "127.0.0.1"
+    proxy: Path | None = None
 
     @property
     def config_path(self) -> Path:
@@ -47,7 +52,7 @@ class SshAccess:
         control = self.folder / "ssh.ctl"
         lines = [
             f"Host {HOST}",
-            "  HostName 127.0.0.1",
+            f"  HostName {self.host}",
             f"  Port {self.port}",
             f"  User {self.user}",
             f'  IdentityFile "{self.key}"',
@@ -61,6 +66,8 @@ class SshAccess:
             "  ServerAliveCountMax 8",
             "  LogLevel ERROR",
         ]
+        if self.proxy is not None:
+            lines.append(f"  ProxyCommand ssh -F '{self.proxy}' -W %h:%p {HOST}")
         if len(str(control)) <= _CONTROL_PATH_MAX:
             # One connection for many commands; closed around reboots by close_shared().
             lines += [f'  ControlPath "{control}"', "  ControlMaster auto", "  ControlPersist 120"]

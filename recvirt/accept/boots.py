@@ -1,0 +1,181 @@
+"""How each scene brings up its guest: fresh overlays, NoCloud data, NFS servers, power cuts."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from recvirt.accept import nfsserver
+from recvirt.accept.context import TEST_USER, Acceptance
+from recvirt.accept.guest import Guest
+from recvirt.errors import GuestError
+from recvirt.qemu import CloudConfig, Disk, Forward, MachineSpec, Nic, Vm, make_overlay, make_seed, running
+from recvirt.ui import reporter
+
+#: A file that cloud-init writes, and what must stand in it.
+MARKER_PATH = "/etc/recvirt-test-marker"
+NFS_CONF = "/etc/recvirt/nfs.conf"
+#: How much larger than the image the first guest's disk is.
+GROWTH_BYTES = 1024**3
+#: The power is cut when the guest has written so much since the start of its first boot.
+CUT_AFTER_BYTES = (1, 3 * 1024**2, 10 * 1024**2)
+#: Outer limit of a whole scene, as a multiple of a boot.
+_SCENE_BOOTS = 8
+
+
+def cloud_config(acceptance: Acceptance, name: str, files: tuple[tuple[str, str], ...] = ()) -> CloudConfig:
+    """What a test guest is told at its first boot."""
+    groups = ["kvm"] + (["libvirt"] if "libvirt-daemon-system" in acceptance.promises.packages else [])
+    return CloudConfig(
+        instance_id=f"recvirt-{name}-{secrets.token_hex(4)}", hostname=f"rv-{name}", user=TEST_USER,
+        ssh_keys=(acceptance.public_key,), groups=tuple(groups), files=files,
+    )  # fmt: skip
+
+
+def machine(acceptance: Acceptance, overlay: Path, seed: Path, template: MachineSpec) -> MachineSpec:
+    """``template`` with the disks, the accelerator and the size that this run wants."""
+    system = template.disks[0] if template.disks else Disk(overlay)
+    disks = (
+        replace(system, path=overlay, format="qcow2", bootable=True, backing=(acceptance.image,)),
+        Disk(seed, "raw", bus=system.bus, read_only=True),
+        *template.disks[1:],
+    )
+    nics = template.nics
+    nics = (replace(nics[0], forwards=(*nics[0].forwards, Forward(22))), *nics[1:])
+    return replace(
+        template, accelerator=acceptance.accelerator.name, cpus=acceptance.profile.accept.cpus,
+        memory_bytes=max(acceptance.memory_bytes, template.memory_bytes), disks=disks, nics=nics,
+    )  # fmt: skip
+
+
+def fresh_overlay(acceptance: Acceptance, folder: Path, growth_bytes: int = 0) -> Path:
+    """An overlay on the image, larger than it by ``growth_bytes``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = acceptance.image_facts
+    size = facts.virtual_bytes + growth_bytes if growth_bytes else None
+    return make_overlay(
+        acceptance.tools, acceptance.image, folder / "overlay.qcow2", image_format=facts.format, size_bytes=size
+    )
+
+
+@contextmanager
+def booted(
+    acceptance: Acceptance, name: str, overlay: Path, cloud: CloudConfig, template: MachineSpec
+) -> Iterator[Guest]:
+    """Boot an overlay and wait until SSH works and systemd has settled."""
+    folder = acceptance.work_dir / name
+    seed = make_seed(acceptance.tools, cloud, folder)
+    spec = machine(acceptance, overlay, seed, template)
+    limit = acceptance.patience(acceptance.profile.accept.boot_seconds)
+    with running(acceptance.tools, spec, folder) as vm:
+        acceptance.qemu_version = f"{vm.qmp.version} ({vm.qmp.package})"
+        access = vm.ssh(TEST_USER, acceptance.key)
+        seconds = vm.wait_ssh(access, limit)
+        guest = Guest(acceptance, name, access, vm, cloud, overlay, boot_seconds=seconds)
+        reporter.info(f"{name}: SSH after {seconds:.0f} s")
+        try:
+            guest.facts["settled"] = guest.wait_settled(limit)
+            yield guest
+        finally:
+            access.close_shared()
+
+
+@contextmanager
+def first(acceptance: Acceptance) -> Iterator[Guest]:
+    """BIOS, a larger disk, an NFS server that works, everything that NoCloud data can say."""
+    folder = acceptance.work_dir / "first"
+    overlay = fresh_overlay(acceptance, folder, GROWTH_BYTES)
+    files = [(MARKER_PATH, f"{secrets.token_hex(16)}\n")]
+    with ExitStack() as stack:
+        if acceptance.profile.root.nfs is not None:
+            port = stack.enter_context(nfsserver.nfs_server(acceptance.tools, folder / "nfs"))
+            options = f"vers=4.2,soft,timeo=100,retrans=3,port={port}"
+            host = nfsserver.HOST_ADDRESS
+            files.append((NFS_CONF, nfsserver.nfs_conf(f"{host}:/images", options, f"{host}:/blocks", options)))
+        cloud = cloud_config(acceptance, "first", tuple(files))
+        yield stack.enter_context(booted(acceptance, "first", overlay, cloud, MachineSpec(firmware="bios")))
+
+
+@contextmanager
+def second(acceptance: Acceptance) -> Iterator[Guest]:
+    """UEFI; both NFS servers are away: one port refuses, the other accepts and says nothing. No host name is given."""
+    folder = acceptance.work_dir / "second"
+    overlay = fresh_overlay(acceptance, folder)
+    files: list[tuple[str, str]] = []
+    with ExitStack() as stack:
+        if acceptance.profile.root.nfs is not None:
+            refusing = stack.enter_context(nfsserver.refusing_port())
+            silent = stack.enter_context(nfsserver.silent_server())
+            host, options = nfsserver.HOST_ADDRESS, acceptance.profile.root.nfs.images.options
+            text = nfsserver.nfs_conf(
+                f"{host}:/images", f"{options},port={refusing}", f"{host}:/blocks", f"{options},port={silent}"
+            )
+            files.append((NFS_CONF, text))
+        cloud = replace(cloud_config(acceptance, "second", tuple(files)), hostname="")
+        yield stack.enter_context(booted(acceptance, "second", overlay, cloud, MachineSpec(firmware="uefi")))
+
+
+@contextmanager
+def powercut(acceptance: Acceptance) -> Iterator[Guest]:
+    """Several first boots whose power is cut, on one overlay; then a boot that is left alone."""
+    folder = acceptance.work_dir / "powercut"
+    overlay = fresh_overlay(acceptance, folder, GROWTH_BYTES)
+    cloud = cloud_config(acceptance, "powercut", ((MARKER_PATH, "powercut\n"),))
+    seed = make_seed(acceptance.tools, cloud, folder)
+    # Written back as ever: what the guest was told is on its disk must be there afterwards.
+    spec = machine(acceptance, overlay, seed, MachineSpec())
+    for number, written in enumerate(CUT_AFTER_BYTES, 1):
+        with running(acceptance.tools, spec, folder / f"cut{number}") as vm:
+            seconds, moment = _cut_after(acceptance, vm, written)
+            reporter.info(f"powercut: cut {number} after {seconds:.0f} s ({moment})")
+    with booted(acceptance, "powercut", overlay, cloud, MachineSpec()) as guest:
+        guest.facts["cuts"] = len(CUT_AFTER_BYTES)
+        yield guest
+
+
+def _cut_after(acceptance: Acceptance, vm: Vm, written_bytes: int) -> tuple[float, str]:
+    """Cut the power when the guest has written enough, or at the latest when its SSH server greets."""
+    access = vm.ssh(TEST_USER, acceptance.key)
+    moments: list[str] = []
+    next_banner = time.monotonic() + 5
+
+    def now() -> bool:
+        nonlocal next_banner
+        total = bytes_written(vm)
+        if total >= written_bytes:
+            moments.append(f"{total} bytes written")
+        elif time.monotonic() > next_banner:
+            next_banner = time.monotonic() + 2
+            if access.banner(1.0):
+                moments.append("its SSH server was up")
+        return bool(moments)
+
+    limit = acceptance.patience(acceptance.profile.accept.boot_seconds)
+    seconds = vm.wait_until(now, limit, "the moment for a power cut")
+    vm.power_cut()
+    return seconds, moments[0]
+
+
+def bytes_written(vm: Vm) -> int:
+    """What the guest wrote to all its disks since its start."""
+    return sum(int(item["stats"]["wr_bytes"]) for item in vm.qmp.execute("query-blockstats"))
+
+
+SCENE_BOOTS: dict[str, Callable[[Acceptance], object]] = {"first": first, "second": second, "powercut": powercut}
+
+
+def scene_limit(acceptance: Acceptance) -> float:
+    """Seconds after which a scene is surely stuck."""
+    return _SCENE_BOOTS * acceptance.patience(acceptance.profile.accept.boot_seconds)
+
+
+def nic_of(model: str) -> Nic:
+    """A card of this model, known to :data:`recvirt.qemu.NIC_MODELS`."""
+    for name in ("virtio-net", "e1000e", "vmxnet3"):
+        if name == model:
+            return Nic(model=name)
+    raise GuestError(f"no network card is called {model}")

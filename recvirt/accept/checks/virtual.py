@@ -1,0 +1,144 @@
+"""The image as a hypervisor: /dev/kvm, VMs inside, libvirt, and the check that ships in the image."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Any
+
+from recvirt.accept import tinyvm
+from recvirt.accept.context import TEST_USER
+from recvirt.accept.guest import Guest
+from recvirt.accept.registry import check
+from recvirt.accept.results import Failed, Skipped
+from recvirt.errors import GuestError
+
+#: virt-host-validate(1) prints these; FAIL ends it with an error, WARN does not.
+_VALIDATE_SECONDS = 60
+
+
+@check("kvm-device", "first")
+def kvm_device(guest: Guest) -> str:
+    """/dev/kvm belongs to group kvm, whose members can open it, and nobody else can"""
+    facts = guest.out("stat -c '%G %a' /dev/kvm")
+    if facts not in ("kvm 660", "kvm 600"):
+        raise Failed(f"/dev/kvm is {facts}")
+    opened = guest.run("exec 3<>/dev/kvm", root=False)
+    if opened.status != 0:
+        raise Failed(f"{TEST_USER}, a member of kvm, can't open /dev/kvm: {opened.stderr.strip()}")
+    if guest.run("setpriv --reuid=65534 --regid=65534 --clear-groups sh -c 'exec 3<>/dev/kvm'").status == 0:
+        raise Failed("nobody can open /dev/kvm")
+    return facts
+
+
+@check("virt-host-validate", "first")
+def virt_host_validate(guest: Guest) -> str:
+    """libvirt's virt-host-validate qemu finds nothing missing"""
+    acceptance = guest.acceptance
+    if "libvirt-clients" not in acceptance.promises.packages:
+        raise Skipped("the profile has no libvirt")
+    said = guest.run("virt-host-validate qemu", seconds=_VALIDATE_SECONDS)
+    failed = [line.strip() for line in said.lines if ": FAIL" in line]
+    if said.status != 0 or failed or "PASS" not in said.stdout:
+        raise Failed("\n".join(failed) or said.stdout + said.stderr)
+    warned = [line.split(":")[1].strip() for line in said.lines if ": WARN" in line]
+    return f"{said.stdout.count('PASS')} pass; warnings: {'; '.join(warned) or 'none'}"
+
+
+def network_of(xml: str) -> ipaddress.IPv4Network:
+    """The IPv4 subnet of a libvirt network's XML (formatnetwork)."""
+    found = re.search(r"<ip address=['\"]([\d.]+)['\"][^>]*netmask=['\"]([\d.]+)['\"]", xml)
+    if not found:
+        raise Failed("libvirt's network has no IPv4 subnet")
+    return ipaddress.IPv4Network(f"{found[1]}/{found[2]}", strict=False)
+
+
+def clashes(subnet: ipaddress.IPv4Network, routes: list[dict[str, Any]]) -> list[str]:
+    """Routes of other devices than libvirt's bridges that overlap ``subnet`` (``ip -json route``)."""
+    found = []
+    for route in routes:
+        target = str(route.get("dst", "default"))
+        device = str(route.get("dev", ""))
+        if target == "default" or device.startswith("virbr"):
+            continue
+        if ipaddress.IPv4Network(target, strict=False).overlaps(subnet):
+            found.append(f"{target} dev {device}")
+    return found
+
+
+def judge_libvirt_network(guest: Guest) -> ipaddress.IPv4Network:
+    """The default network's subnet; Failed when it clashes with a route of the guest or can't be used."""
+    xml = guest.out("virsh -c qemu:///system net-dumpxml default", seconds=60)
+    subnet = network_of(xml)
+    found = clashes(subnet, guest.json("ip -json -4 route show table all type unicast"))
+    if found:
+        raise Failed(f"libvirt's subnet {subnet} is also {', '.join(found)}")
+    if guest.run("virsh -c qemu:///system net-info default | grep -q 'Active: *yes'").status != 0:
+        guest.out("virsh -c qemu:///system net-start default", seconds=60)
+    return subnet
+
+
+@check("libvirt-network", "first")
+def libvirt_network(guest: Guest) -> str:
+    """libvirt's default network starts, on a subnet that the machine does not use itself"""
+    acceptance = guest.acceptance
+    if "libvirt-daemon-system" not in acceptance.promises.packages:
+        raise Skipped("the profile has no libvirt")
+    subnet = judge_libvirt_network(guest)
+    said = guest.run(f"sudo -n -u {TEST_USER} virsh -c qemu:///system list --all")
+    if said.status != 0:
+        raise Failed(f"{TEST_USER}, a member of libvirt, can't use it: {said.stderr.strip()}")
+    return str(subnet)
+
+
+@check("l2-under-kvm", "first")
+def l2_under_kvm(guest: Guest) -> str:
+    """An L2 boots under KVM inside the image, and proves it"""
+    acceptance = guest.acceptance
+    found, sentence = tinyvm.prove(guest, deeper=acceptance.profile.root.nested)
+    acceptance.measure("l2_exits", found.exits)
+    return sentence
+
+
+@check("l2-needs-kvm", "first")
+def l2_needs_kvm(guest: Guest) -> str:
+    """With KVM unloaded the same check fails: it was not fooled"""
+    modules = [name for name in ("kvm_amd", "kvm_intel") if guest.run(f"test -d /sys/module/{name}").status == 0]
+    if not modules:
+        raise Failed("neither kvm_amd nor kvm_intel is loaded")
+    guest.out(f"modprobe -r {modules[0]} kvm")
+    try:
+        _, sentence = tinyvm.prove(guest, deeper=False)
+    except (GuestError, Failed) as error:
+        return f"without {modules[0]}: {error.message.splitlines()[0]}"
+    finally:
+        guest.out(f"modprobe {modules[0]}")
+    raise Failed(f"without KVM the check still passed: {sentence}")
+
+
+@check("nested-check-agrees", "first")
+def nested_check_agrees(guest: Guest) -> str:
+    """recvirt-nested-check, run by an ordinary member of kvm, says that nesting works"""
+    acceptance = guest.acceptance
+    if not guest.has("recvirt-nested-check"):
+        raise Failed("recvirt-nested-check is not in the image")
+    said = guest.run("recvirt-nested-check --json", root=False, seconds=120)
+    if said.status != 0:
+        raise Failed(f"it ended with status {said.status}: {(said.stdout or said.stderr)[-600:]}")
+    import json
+
+    facts = json.loads(said.stdout)
+    flags = set(guest.out("grep -m 1 -o -w -e svm -e vmx /proc/cpuinfo | head -n 1", root=False).split())
+    words = {str(value) for value in _leaves(facts)}
+    if not flags & words:
+        raise Failed(f"it does not name {', '.join(flags) or 'an extension'}, which /proc/cpuinfo shows")
+    acceptance.measure("nested_check", facts)
+    return str(facts.get("verdict", {}).get("text") or facts.get("status") or "works")
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in _leaves(item)]
+    if isinstance(value, list):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [value]

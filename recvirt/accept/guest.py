@@ -1,0 +1,146 @@
+"""A booted guest as the checks see it: commands over SSH, by testinfra, with a limit for each."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import testinfra  # type: ignore[import-untyped]
+
+from recvirt.accept.context import Acceptance
+from recvirt.accept.results import Failed
+from recvirt.errors import GuestError
+from recvirt.qemu import CloudConfig, SshAccess, Vm
+from recvirt.qemu.ssh import CONNECT_SECONDS, HOST
+
+_COMMAND_SECONDS = 60.0
+#: Status of timeout(1) when time is up, and of a shell for a killed child.
+_TIMED_OUT = (124, 137)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command in the guest left."""
+
+    command: str
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def lines(self) -> list[str]:
+        """Lines of stdout that are not empty."""
+        return [line for line in self.stdout.splitlines() if line.strip()]
+
+
+@dataclass
+class Guest:
+    """One guest. ``vm`` is the QEMU that runs it, or None for a guest inside a guest."""
+
+    acceptance: Acceptance
+    name: str
+    access: SshAccess
+    vm: Vm | None
+    cloud: CloudConfig
+    overlay: Path | None = None
+    boot_seconds: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
+    _host: Any = None
+
+    @property
+    def host(self) -> Any:
+        """testinfra's view of the guest, for checks that want its nouns (``host.user("x").groups``)."""
+        if self._host is None:
+            self._host = testinfra.get_host(
+                f"ssh://{HOST}", ssh_config=str(self.access.config_path), timeout=CONNECT_SECONDS, controlpersist=0
+            )
+        return self._host
+
+    def run(self, command: str, *, root: bool = True, seconds: float = _COMMAND_SECONDS) -> Said:
+        """Run a shell command, as root unless told otherwise. ``seconds`` are scaled to this machine.
+
+        GuestError when the guest can't be reached or the time is up.
+        """
+        limit = self.acceptance.patience(seconds)
+        words = f"timeout -k 5 {limit:.0f} sh -c {shlex.quote(command)}"
+        try:
+            done = self.host.run(("sudo -n " if root else "") + words)
+        except RuntimeError as error:
+            raise self._error(f"SSH to the guest failed in: {command}\n  {_ssh_words(error)}") from None
+        if done.rc in _TIMED_OUT:
+            raise self._error(f"no end after {limit:.0f} s in the guest: {command}")
+        return Said(command, int(done.rc), str(done.stdout), str(done.stderr))
+
+    def out(self, command: str, *, root: bool = True, seconds: float = _COMMAND_SECONDS) -> str:
+        """The stdout of a command that must succeed, without the last newline. Failed when it does not."""
+        said = self.run(command, root=root, seconds=seconds)
+        if said.status != 0:
+            words = (said.stderr or said.stdout).strip()[-600:]
+            raise Failed(f"in the guest, {command!r} ended with status {said.status}: {words}")
+        return said.stdout.rstrip("\n")
+
+    def json(self, command: str, *, root: bool = True, seconds: float = _COMMAND_SECONDS) -> Any:
+        """The stdout of a command as JSON."""
+        text = self.out(command, root=root, seconds=seconds)
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            raise Failed(f"{command!r} did not print JSON: {text[:200]!r}") from None
+
+    def has(self, program: str) -> bool:
+        """Whether the guest has a program on root's PATH."""
+        return self.run(f"command -v {shlex.quote(program)}").status == 0
+
+    def copy_in(self, data: bytes, path: str) -> None:
+        """Write a file of the test user."""
+        import base64
+
+        text = base64.b64encode(data).decode()
+        command = f"base64 -d > {shlex.quote(path)}"
+        self.access.run(command, input_text=text, seconds=self.acceptance.patience(120))
+
+    def wait_settled(self, seconds: float) -> str:
+        """Wait until systemd has finished booting; ``running``, ``degraded`` or another word of systemctl(1)."""
+        return self.run("systemctl is-system-running --wait", seconds=seconds).stdout.strip()
+
+    def failed_units(self, allowed: Sequence[str] = ()) -> list[str]:
+        """Units that failed and may not."""
+        listed = self.out("systemctl list-units --state=failed --no-legend --plain")
+        return [line.split()[0] for line in listed.splitlines() if line.strip() and line.split()[0] not in allowed]
+
+    def boot_id(self) -> str:
+        """Changes with each boot (proc_sys_kernel(5))."""
+        return self.out("cat /proc/sys/kernel/random/boot_id", root=False)
+
+    def reboot(self) -> float:
+        """Ask systemd for a reboot and wait until the new system has settled; the seconds until SSH is back."""
+        if self.vm is None:
+            raise GuestError("a guest inside a guest is not rebooted from here")
+        before = self.boot_id()
+        self.access.run("sudo -n systemctl --no-block reboot", check=False, seconds=120)
+        self.access.close_shared()
+        self.vm.mark()
+
+        def is_back() -> bool:
+            if not self.access.banner():
+                return False
+            done = self.access.run("cat /proc/sys/kernel/random/boot_id", check=False, seconds=120)
+            return done.status == 0 and done.stdout.strip() not in ("", before)
+
+        limit = self.acceptance.patience(self.acceptance.profile.accept.boot_seconds)
+        seconds = self.vm.wait_until(is_back, limit, "the system after a reboot")
+        self.wait_settled(limit)
+        return seconds
+
+    def _error(self, message: str) -> GuestError:
+        return self.vm.error(message) if self.vm is not None else GuestError(message)
+
+
+def _ssh_words(error: RuntimeError) -> str:
+    """The last line that ssh said, out of testinfra's exception."""
+    result = error.args[0] if error.args else error
+    return str(getattr(result, "stderr", result)).strip()[-300:]
