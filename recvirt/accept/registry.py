@@ -44,7 +44,6 @@ _MODULES = (
     "lifecycle",
     "deeper",
     "matrix",
-    "vmx",
 )
 
 
