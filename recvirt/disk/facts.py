@@ -87,9 +87,7 @@ Package, version, source package, source version, copyright file:
 """
 
 
-def sources_note(
-    facts: Facts, build_info: Mapping[str, Any] | None, copyright_files: Collection[str]
-) -> str:
+def sources_note(facts: Facts, build_info: Mapping[str, Any] | None, copyright_files: Collection[str]) -> str:
     """The text that accompanies an image: where the sources are, and each package's copyright file."""
     kernel = "\nThe kernel is Debian's own package; its source is listed with the others.\n"
     if build_info is not None:
@@ -104,7 +102,5 @@ def sources_note(
     for package in facts.packages:
         path = f"usr/share/doc/{package.name}/copyright"
         shown = f"/{path}" if path in copyright_files else f"see the source package {package.source_name}"
-        lines.append(
-            f"{package.name} {package.version} {package.source_name} {package.source_version} {shown}"
-        )
+        lines.append(f"{package.name} {package.version} {package.source_name} {package.source_version} {shown}")
     return head + "\n".join(lines) + "\n"

@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 from typing import BinaryIO
 
-from recvirt.disk.layout import MIB, SECTOR
+from recvirt.disk.layout import MIB
 from recvirt.errors import StageError
 
 #: Format -> file name in the output.
@@ -48,26 +48,12 @@ def needed_bytes(data_bytes: int, formats: tuple[str, ...]) -> int:
     return int(data_bytes * 1.1) + sum(int(data_bytes * _SHARE[name]) for name in formats)
 
 
-def vhd_geometry(size_bytes: int) -> tuple[int, int, int]:
-    """Cylinders, heads and sectors a track, as the VHD specification's appendix computes them."""
-    total = min(size_bytes // SECTOR, 65535 * 16 * 255)
-    if total >= 65535 * 16 * 63:
-        per_track, heads, rest = 255, 16, total // 255
-        return rest // heads, heads, per_track
-    per_track, rest = 17, total // 17
-    heads = max(4, (rest + 1023) // 1024)
-    if rest >= heads * 1024 or heads > 16:
-        per_track, heads, rest = 31, 16, total // 31
-    if rest >= heads * 1024:
-        per_track, heads, rest = 63, 16, total // 63
-    return rest // heads, heads, per_track
-
-
 def vhd_footer(size_bytes: int, identifier: uuid.UUID, epoch: int) -> bytes:
     """The 512 bytes behind a fixed VHD's data. Azure takes sizes of whole MiB only."""
     if size_bytes % MIB:
         raise StageError(f"a fixed VHD of {size_bytes} bytes is not a whole number of MiB")
-    cylinders, heads, per_track = vhd_geometry(size_bytes)
+    # The largest geometry says that the size field counts, not the geometry (as qemu-img's force_size writes it).
+    cylinders, heads, per_track = 65535, 16, 255
 
     def pack(checksum: int) -> bytes:
         return _FOOTER.pack(
