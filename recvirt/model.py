@@ -6,6 +6,8 @@ came from is :mod:`recvirt.profile`'s work.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
 from typing import Annotated, Any, Literal
 
@@ -44,15 +46,46 @@ def _number_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-_PRIVATE_KEY = re.compile(r"PRIVATE KEY")
-_PUBLIC_KEY = re.compile(r"^((ssh|ecdsa|sk-ssh|sk-ecdsa)-[a-z0-9@.-]+) [A-Za-z0-9+/]+={0,3}( .*)?$")
+_PUBLIC_KEY = re.compile(
+    r"(?:\S.*\s)?(?P<type>ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp(?:256|384|521)|sk-(?:ssh-ed25519|ecdsa-sha2-nistp256)@openssh\.com)"
+    r"\s+(?P<blob>[A-Za-z0-9+/]+={0,2})(?:\s.*)?"
+)
+
+
+def is_ssh_key(line: str) -> bool:
+    """Whether ``line`` is one entry of an authorized_keys file (sshd(8)): options, a type, a blob of that type."""
+    match = _PUBLIC_KEY.fullmatch(line.strip())
+    if not match:
+        return False
+    try:
+        blob = base64.b64decode(match["blob"], validate=True)
+    except binascii.Error:
+        return False
+    # RFC 4253: the blob starts with the type's name, preceded by its length.
+    name = match["type"].encode()
+    return blob[: 4 + len(name)] == len(name).to_bytes(4, "big") + name and len(blob) > 4 + len(name)
 
 
 def _check_ssh_key(text: str) -> str:
-    if _PRIVATE_KEY.search(text):
+    if "PRIVATE KEY" in text:
         raise ValueError("this is a private key: an image gets the public one (the .pub file's line)")
-    if not _PUBLIC_KEY.match(text):
-        raise ValueError("must be a public key as in a .pub file: type, a space, base64, and perhaps a comment")
+    if not is_ssh_key(text):
+        raise ValueError("is not a public SSH key, as in a .pub file: ssh-ed25519 AAAA... comment")
+    return text
+
+
+#: Enough for every documented kernel parameter, nothing that GRUB's or a shell's parser would act on.
+_KERNEL_WORD = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.,:=/@%+*!~^-]*$")
+#: The image stage writes these itself.
+_OWN_KERNEL_WORDS = ("root", "rootfstype", "BOOT_IMAGE", "recvirt.trial")
+
+
+def _check_kernel_words(text: str) -> str:
+    for word in text.split():
+        if not _KERNEL_WORD.match(word):
+            raise ValueError(f"{word!r} can't stand on a kernel command line here (no quotes or blanks within a word)")
+        if word.split("=", 1)[0] in _OWN_KERNEL_WORDS:
+            raise ValueError(f"{word!r}: the image sets this word itself")
     return text
 
 
@@ -65,6 +98,7 @@ def _check_url(text: str) -> str:
 Size = Annotated[str, AfterValidator(_check_size)]
 Line = Annotated[str, AfterValidator(_one_line)]
 Url = Annotated[str, AfterValidator(_check_url)]
+KernelWords = Annotated[str, AfterValidator(_one_line), AfterValidator(_check_kernel_words)]
 SshKey = Annotated[str, AfterValidator(_one_line), AfterValidator(_check_ssh_key)]
 #: Text that a person may also write as a whole number.
 Scalar = Annotated[
@@ -132,7 +166,7 @@ class Kernel(Model):
         default_factory=dict, description="SYMBOL: value that wins over the fragments, declared on purpose"
     )
     allow: tuple[Allowance, ...] = ()
-    cmdline: tuple[Line, ...] = Field(default=(), description="words for the kernel command line")
+    cmdline: tuple[KernelWords, ...] = Field(default=(), description="words for the kernel command line")
 
     @model_validator(mode="before")
     @classmethod

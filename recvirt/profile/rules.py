@@ -80,16 +80,24 @@ def _snapshot(data: Any) -> Iterator[Finding]:
         yield ("root", "mirror"), "stands against root.snapshot: packages come from one of the two"
 
 
+#: Accounts that every Debian has, or that our packages make; making them again fails in the middle of a build.
+_SYSTEM_USERS = frozenset(
+    "root daemon bin sys sync games man lp mail news uucp proxy www-data backup list irc nobody _apt sshd "
+    "messagebus systemd-network systemd-resolve systemd-timesync polkitd libvirt-qemu dnsmasq statd".split()
+)
+
+
 def _users(data: Any) -> Iterator[Finding]:
     users = _get(data, "root", "users")
     names = [_get(user, "name") for user in users] if isinstance(users, list) else []
     for index, name in enumerate(names):
         if name is not None and name in names[:index]:
             yield ("root", "users", index, "name"), f"{name!r} stands twice in users"
-        if name == "root" and _get(users[index], "sudo"):
-            yield ("root", "users", index, "sudo"), "root needs no sudo"
+        if name in _SYSTEM_USERS:
+            message = f"{name} is an account of the system (root stays locked: give a user sudo instead)"
+            yield ("root", "users", index, "name"), message
     login = _get(data, "root", "console_autologin")
-    if login is not None and login != "root" and login not in names:
+    if login is not None and login not in names:
         yield ("root", "console_autologin"), f"{login!r} is none of root.users"
 
 
