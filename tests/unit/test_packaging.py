@@ -169,9 +169,7 @@ def test_the_wheel_holds_all_data_and_nothing_stale(source: Path, wheel: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "sdist", "editable"])
-def test_an_installed_recvirt_works_in_a_new_environment(
-    kind: str, source: Path, wheel: Path, tmp_path: Path
-) -> None:
+def test_an_installed_recvirt_works_in_a_new_environment(kind: str, source: Path, wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env/bin/python"
     if kind == "sdist":
