@@ -1,0 +1,120 @@
+"""A running VM, with a stand-in for QEMU: waiting, dying, ending, and what is said then."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from recvirt.accept.boots import bytes_written
+from recvirt.errors import GuestError
+from recvirt.qemu import Disk, MachineSpec, running
+from recvirt.qemu.vm import clean_console
+from recvirt.sandbox import ToolsRoot
+
+FAKE = Path(__file__).parent.parent / "support" / "fake_qemu.py"
+
+
+class FakeTools(ToolsRoot):
+    """Runs the stand-in on the host, with the words of the machine."""
+
+    environment: ClassVar[dict[str, str]] = {}
+    seen: ClassVar[dict[str, Any]] = {}
+
+    def argv(self, command: Sequence[str], **options: Any) -> list[str]:
+        FakeTools.seen = options
+        settings = [f"{name}={value}" for name, value in FakeTools.environment.items()]
+        return ["env", f"--chdir={options['cwd']}", *settings, sys.executable, str(FAKE), *command]
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> FakeTools:
+    FakeTools.environment = {}
+    return FakeTools(tmp_path / "tools")
+
+
+def test_waits_for_words_and_ends_quietly(tools: FakeTools, tmp_path: Path) -> None:
+    FakeTools.environment = {"FAKE_CONSOLE": "Linux version 6.12\nlogin:"}
+    with running(tools, MachineSpec(), tmp_path / "vm") as vm:
+        assert vm.wait_for(r"version \d+", 5) == "version 6"
+        assert vm.host_port(22) == 39995
+        with pytest.raises(GuestError, match="port 80"):
+            vm.host_port(80)
+        assert bytes_written(vm) == 42
+        pid = vm.process.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert not (tmp_path / "vm" / "qmp.sock").exists()
+
+
+def test_words_before_the_mark_do_not_count(tools: FakeTools, tmp_path: Path) -> None:
+    FakeTools.environment = {"FAKE_CONSOLE": "first boot\n"}
+    with running(tools, MachineSpec(), tmp_path / "vm") as vm:
+        vm.wait_for("boot", 5)
+        vm.mark()
+        with pytest.raises(GuestError, match="did not come in 0 s"):
+            vm.wait_for("boot", 0.3)
+        vm.reset()
+        assert vm.wait_for("second boot", 5)
+
+
+def test_silence_is_an_error_with_the_last_lines(tools: FakeTools, tmp_path: Path) -> None:
+    FakeTools.environment = {"FAKE_CONSOLE": "\x1b[0mKernel panic - not syncing\r\n"}
+    with running(tools, MachineSpec(), tmp_path / "vm") as vm, pytest.raises(GuestError) as caught:
+        vm.wait_for("login:", 0.3)
+    assert "| Kernel panic - not syncing" in caught.value.message
+    assert "console.log" in caught.value.hint
+
+
+def test_an_empty_console_is_named(tools: FakeTools, tmp_path: Path) -> None:
+    with running(tools, MachineSpec(), tmp_path / "vm") as vm, pytest.raises(GuestError, match="console is empty"):
+        vm.wait_for("login:", 0.1)
+
+
+def test_a_machine_that_dies_at_once_tells_qemus_own_words(tools: FakeTools, tmp_path: Path) -> None:
+    FakeTools.environment = {"FAKE_DIE": "3"}
+    with pytest.raises(GuestError) as caught, running(tools, MachineSpec(), tmp_path / "vm"):
+        pass
+    assert "status 3" in caught.value.message
+    assert "QEMU: qemu-system-x86_64: it broke" in caught.value.message
+
+
+def test_a_machine_that_dies_while_waited_for_is_not_waited_for(tools: FakeTools, tmp_path: Path) -> None:
+    with running(tools, MachineSpec(), tmp_path / "vm") as vm:
+        vm.process.kill()
+        with pytest.raises(GuestError, match="ended by itself"):
+            vm.wait_for("login:", 60)
+
+
+def test_power_button_and_power_cut_both_wait_for_the_end(tools: FakeTools, tmp_path: Path) -> None:
+    with running(tools, MachineSpec(), tmp_path / "a") as vm:
+        vm.powerdown(10)
+        assert vm.process.poll() == 0
+    with running(tools, MachineSpec(), tmp_path / "b") as vm:
+        vm.power_cut()
+        assert vm.process.poll() == 0
+
+
+def test_an_old_console_is_not_read_as_a_new_one(tools: FakeTools, tmp_path: Path) -> None:
+    (tmp_path / "vm").mkdir()
+    (tmp_path / "vm" / "console.log").write_text("login:")
+    with running(tools, MachineSpec(), tmp_path / "vm") as vm, pytest.raises(GuestError):
+        vm.wait_for("login:", 0.3)
+
+
+def test_the_sandbox_may_write_overlays_and_only_read_what_lies_below_them(tools: FakeTools, tmp_path: Path) -> None:
+    image, overlay, seed = tmp_path / "i" / "disk.qcow2", tmp_path / "o" / "x.qcow2", tmp_path / "s" / "seed.img"
+    disks = (Disk(overlay, backing=(image,)), Disk(seed, "raw", read_only=True))
+    with running(tools, MachineSpec(disks=disks), tmp_path / "vm"):
+        pass
+    assert FakeTools.seen["writable"] == [tmp_path / "vm", tmp_path / "o"]
+    assert FakeTools.seen["readable"] == [seed, image]
+    assert FakeTools.seen["devices"] == []
+
+
+def test_escapes_and_returns_are_no_text() -> None:
+    assert clean_console(b"\x1b[2J\x1b[01;32m[  OK  ]\x1b[0m Started\r\n\x1b(Bx\0y\xff") == "[  OK  ] Started\nxy\ufffd"
