@@ -10,7 +10,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from recvirt.errors import RecvirtError
+from recvirt.run import find_tool, run
 from recvirt.store import ASIDE, MANIFEST, Store, remove_tree
+from recvirt.ui import reporter
 
 #: Folders that stages share between keys: they make the next build quick, so only ``--all`` empties them.
 SHARED = ("apt", "debs", "sources", "ccache", "downloads")
@@ -39,6 +42,24 @@ def size_on_disk(path: Path) -> int:
             except FileNotFoundError:
                 continue
     return total
+
+
+def remove_for_good(folder: Path) -> None:
+    """Delete a tree, also one with files of an ordinary user's sub-ids, as a killed bootstrapper leaves.
+
+    What can't be deleted is told, not raised: it stands in nobody's way.
+    """
+    try:
+        remove_tree(folder)
+    except PermissionError as error:
+        if os.geteuid() == 0:
+            reporter.warn(f"could not be removed: {error}")
+            return
+        inside = ["unshare", "--user", "--map-auto", "--map-root-user", "--", "rm", "-rf", "--", str(folder)]
+        try:
+            run([find_tool(inside[0]), *inside[1:]])
+        except RecvirtError:
+            reporter.warn(f"could not be removed: {error}")
 
 
 @contextmanager
@@ -146,7 +167,7 @@ def _remove(store: Store, item: Removal, *, dry_run: bool) -> bool:
         if not item.path.is_dir():
             item.path.unlink()
         elif kind == "objects":
-            remove_tree(store.set_aside(item.path, rest[0], rest[1]))
+            remove_for_good(store.set_aside(item.path, rest[0], rest[1]))
         else:
-            remove_tree(item.path)
+            remove_for_good(item.path)
         return True

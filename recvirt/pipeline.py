@@ -8,11 +8,11 @@ Does not own: how a stage works (``stages/``), where outputs are cached (``store
 from __future__ import annotations
 
 import errno
-import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from recvirt.stages.image import ImageStage
 from recvirt.stages.kernel_build import KernelBuild
 from recvirt.stages.kernel_config import KernelConfig
 from recvirt.stages.root import RootStage
-from recvirt.store import Output, Store, canonical, key_of, remove_tree
-from recvirt.ui import format_bytes, reporter
+from recvirt.store import Output, Store, canonical, check_room, key_of, remove_tree
+from recvirt.ui import reporter
 
 __all__ = ["STAGES", "STAGE_NAMES", "Builder", "Planned", "built_image", "check_space", "plan", "stages_for"]
 
@@ -164,7 +164,13 @@ class Builder:
             check_space(planned, self.store.directory)
             (self.product_dir / "logs").mkdir(parents=True, exist_ok=True)
             allow_start()
-            done = self._build_all(planned)
+            try:
+                done = self._build_all(planned)
+            except BaseException:
+                if not self.keep_failed:
+                    allow_start()
+                    sweep(self.store)
+                raise
             self.products = publish(done, self.product_dir)
         except BrokenPipeError:
             raise
@@ -249,7 +255,9 @@ class Builder:
         if self.keep_failed:
             reporter.warn(f"kept for a look: {folder}")
         elif folder.exists():
-            remove_tree(folder)
+            with suppress(OSError):
+                # What is left, because it belongs to sub-ids or a program still dies in it, is swept afterwards.
+                remove_tree(folder)
 
 
 def check_space(planned: Sequence[Planned], directory: Path) -> None:
@@ -259,10 +267,4 @@ def check_space(planned: Sequence[Planned], directory: Path) -> None:
         if item.output is None:
             estimate = getattr(item.stage, "space_bytes", None)
             wanted += estimate(item.inputs) if estimate else _DEFAULT_SPACE
-    directory.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(directory).free
-    if wanted > free:
-        raise SpaceError(
-            f"about {format_bytes(wanted)} are needed below {directory}, {format_bytes(free)} are free",
-            hint="free some room (recvirt clean), or set --cache-dir to a larger disk",
-        )
+    check_room(directory, wanted)

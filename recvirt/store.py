@@ -21,13 +21,13 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from recvirt.errors import LockedError, VerificationError
-from recvirt.ui import reporter
+from recvirt.errors import LockedError, SpaceError, VerificationError
+from recvirt.ui import format_bytes, reporter
 
 MANIFEST = "manifest.json"
 #: In the names of folders below ``work`` that only wait for their deletion.
@@ -180,7 +180,9 @@ class Store:
         """An empty folder to build in; what a killed build left there is removed. Call with the lock held."""
         folder = self.directory / "work" / f"{stage}-{key}"
         if folder.exists():
-            remove_tree(self.set_aside(folder, stage, key))
+            with suppress(PermissionError):
+                # Files of sub-ids need more than this; ``cleaning.sweep`` has it.
+                remove_tree(self.set_aside(folder, stage, key))
         folder.mkdir(parents=True)
         return folder
 
@@ -282,3 +284,14 @@ def remove_tree(folder: Path) -> None:
             if patience is None:
                 raise
             time.sleep(patience)
+
+
+def check_room(directory: Path, wanted_bytes: int) -> None:
+    """Make ``directory`` and raise SpaceError if its disk has less than ``wanted_bytes`` free."""
+    directory.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory).free
+    if wanted_bytes > free:
+        raise SpaceError(
+            f"about {format_bytes(wanted_bytes)} are needed below {directory}, {format_bytes(free)} are free",
+            hint="free some room (recvirt clean), or set --cache-dir to a larger disk",
+        )

@@ -46,11 +46,11 @@ def clean(
         raise click.BadParameter(str(error), param_hint="--max-size") from None
     if days is None and limit is None and not everything and not tools:
         days = 30.0
-    removed = clean_cache(
-        app.store, days=days, max_bytes=limit, everything=everything, tools=tools, dry_run=dry_run
-    )
+    removed = clean_cache(app.store, days=days, max_bytes=limit, everything=everything, tools=tools, dry_run=dry_run)
     if as_json:
-        click.echo(json.dumps([{"path": str(item.path), "bytes": item.size_bytes, "why": item.why} for item in removed]))
+        click.echo(
+            json.dumps([{"path": str(item.path), "bytes": item.size_bytes, "why": item.why} for item in removed])
+        )
         return
     for item in removed:
         click.echo(f"{format_bytes(item.size_bytes):>10}  {item.path}  ({item.why})")
