@@ -102,7 +102,7 @@ class GuestDebs:
     def build(self, inputs: GuestDebsInputs, work: Work) -> None:
         """Write the packages."""
         for package in inputs.packages:
-            build_package(package, work)
+            build_package(package, inputs.tools, work)
 
     def space_bytes(self, inputs: GuestDebsInputs) -> int:
         """Room that a build wants."""
@@ -185,13 +185,24 @@ def compile_argv(sources: Sequence[str], output: Path, version: str, *, extra: S
     ]  # fmt: skip
 
 
+def built_using(tools: Sequence[str]) -> str:
+    """Policy 7.8: the source package and version of what the programs were linked with statically."""
+    version = dict(tool.split("=", 1) for tool in tools).get("musl-dev", "")
+    if not version:
+        raise StageError("the tools root has no musl-dev", hint="make it anew: it must hold the package musl-tools")
+    return f"musl (= {version})"
+
+
 def dpkg_deb_argv(tree: Path, output: Path) -> list[str]:
     """dpkg-deb(1)'s command line. One thread: several would cut the compressed stream by their number."""
     return ["dpkg-deb", "--root-owner-group", "--threads-max=1", "-Zxz", "--build", str(tree), str(output)]
 
 
-def build_package(package: PackageSource, work: Work) -> None:
-    """Lay out one package's tree in the scratch folder, compile what it has, and pack it."""
+def build_package(package: PackageSource, tools: Sequence[str], work: Work) -> None:
+    """Lay out one package's tree in the scratch folder, compile what it has, and pack it.
+
+    ``tools`` are ``name=version``: a statically linked library is named in the package (Static-Built-Using).
+    """
     folder = work.scratch / package.name
     copy_sources(package, folder / "source")
     source, tree = folder / "source", folder / "tree"
@@ -211,6 +222,8 @@ def build_package(package: PackageSource, work: Work) -> None:
     _make_links(source, tree, package.name)
     _compress(tree, work)
     _set_modes(source, tree, package.name)
+    if package.name in PROGRAMS:
+        fields["Static-Built-Using"] = built_using(tools)
     write_control(tree, fields)
     set_times(tree, epoch)
     _run(dpkg_deb_argv(tree, work.out / f"{package.name}.deb"), work, epoch=epoch, writable=[work.out])

@@ -208,6 +208,7 @@ void gather_facts(struct facts *facts)
     fill_module(&facts->kvm, "kvm", KVM_PARAMETERS, COUNT(KVM_PARAMETERS));
     fill_module(&facts->kvm_intel, "kvm_intel", INTEL_PARAMETERS, COUNT(INTEL_PARAMETERS));
     fill_module(&facts->kvm_amd, "kvm_amd", AMD_PARAMETERS, COUNT(AMD_PARAMETERS));
+    fill_module(&facts->kvm_pvm, "kvm_pvm", NULL, 0);
     if (facts->extension && !strcmp(facts->extension, "vmx"))
         intel_features(facts);
     else if (facts->extension)

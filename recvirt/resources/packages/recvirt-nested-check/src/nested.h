@@ -76,6 +76,7 @@ struct facts {
     char provider[64]; /* DMI: sys_vendor */
     char product[64];  /* DMI: product_name */
     struct module kvm, kvm_intel, kvm_amd;
+    struct module kvm_pvm; /* an out-of-tree way for processors without VMX and SVM */
     size_t feature_count;
     struct feature features[MAX_FEATURES];
 };

@@ -165,6 +165,7 @@ static void put_kvm(FILE *out, const struct facts *facts, const struct device *d
     put_module(out, &facts->kvm);
     put_module(out, &facts->kvm_intel);
     put_module(out, &facts->kvm_amd);
+    put_module(out, &facts->kvm_pvm);
     close_bracket(out, '}');
     open_bracket(out, "device", '{');
     put_text(out, "state", states[device->state]);

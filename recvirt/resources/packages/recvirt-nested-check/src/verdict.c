@@ -54,14 +54,16 @@ static void judge_cpu(const struct facts *facts, struct verdict *verdict)
 
 static void judge_hypervisor(const struct facts *facts, struct verdict *verdict)
 {
-    const char *where = facts->provider[0] ? facts->provider : "unknown";
+    char machine[sizeof facts->provider + sizeof facts->product + 16];
 
+    snprintf(machine, sizeof machine, "machine: %s%s%s", facts->provider[0] ? facts->provider : "unknown",
+             facts->product[0] ? ", " : "", facts->product);
     if (facts->hypervisor == NO)
-        add(verdict, "hypervisor", CHECK_INFO, "none: this is not a virtual machine (%s %s)", where, facts->product);
+        add(verdict, "hypervisor", CHECK_INFO, "none: this is not a virtual machine; %s", machine);
     else
-        add(verdict, "hypervisor", CHECK_INFO, "%s (%s%s%s), machine: %s %s", facts->hypervisor_name,
+        add(verdict, "hypervisor", CHECK_INFO, "%s (%s%s%s); %s", facts->hypervisor_name,
             facts->signature[0] ? facts->signature : "no signature", facts->second_signature[0] ? ", " : "",
-            facts->second_signature, where, facts->product);
+            facts->second_signature, machine);
 }
 
 static void judge_module(const struct facts *facts, struct verdict *verdict)
@@ -70,7 +72,10 @@ static void judge_module(const struct facts *facts, struct verdict *verdict)
     struct check *check;
 
     if (!module) {
-        add(verdict, "module", facts->flag == YES ? CHECK_FAIL : CHECK_SKIP, "no KVM module for a processor without VMX and SVM");
+        if (facts->kvm_pvm.loaded)
+            add(verdict, "module", CHECK_WARN, "kvm_pvm is loaded: it runs only guests whose kernel was made for it");
+        else
+            add(verdict, "module", CHECK_SKIP, "there is no KVM module for a processor without VMX and SVM");
         return;
     }
     if (module->loaded && facts->kvm.loaded) {
@@ -95,7 +100,8 @@ static void judge_paging(const struct facts *facts, struct verdict *verdict)
         add(verdict, "paging", CHECK_OK, "%s is on: L2s have page tables in hardware", name);
     } else if (feature_present(facts, name) == NO) {
         check = add(verdict, "paging", CHECK_WARN, "%s is not offered to this VM: L2s run, slowly", name);
-        enable_hint(facts, check->next, sizeof check->next);
+        snprintf(check->next, sizeof check->next, "the hypervisor below must show %s to this VM (QEMU: -cpu host; libvirt: "
+                 "host-passthrough)", name);
     } else {
         check = add(verdict, "paging", CHECK_WARN, "%s is off: L2s run, slowly", name);
         snprintf(check->next, sizeof check->next, "load %s with %s=1 (a file in /etc/modprobe.d, or %s.%s=1 at boot)",
@@ -187,9 +193,13 @@ static void judge_l2(const struct l2_result *l2, const struct facts *facts, stru
         }
         break;
     case L2_EMULATED:
-        check = add(verdict, name, CHECK_WARN, "%s: %s", what, l2->error);
-        next(check, l2->mode[0] == 'r' ? "nothing: without unrestricted_guest KVM interprets real mode, which is slow but right"
-                                       : "the guest ran without the processor's help: KVM here is an interpreter");
+        if (l2->mode[0] == 'r' && vendor_module(facts) == &facts->kvm_intel &&
+            parse_flag(parameter_value(&facts->kvm_intel, "unrestricted_guest")) != YES) {
+            add(verdict, name, CHECK_INFO, "%s: %s (KVM interprets real mode: unrestricted_guest is off)", what, l2->error);
+            break;
+        }
+        check = add(verdict, name, CHECK_FAIL, "%s: %s", what, l2->error);
+        next(check, "KVM interpreted the guest, no processor ran it: a real guest would hang; treat /dev/kvm as absent");
         break;
     case L2_FAILED:
     case L2_TIMEOUT:
@@ -221,9 +231,12 @@ static void judge_deeper(const struct facts *facts, const struct device *device,
         check = add(verdict, "deeper", CHECK_FAIL, "L2s can't be hypervisors (nested=%s, KVM %s)",
                     parameter == YES ? "Y" : parameter == NO ? "N" : "unknown",
                     device->offers_extension == NO ? "does not offer the flag" : "was not asked");
-        snprintf(check->next, sizeof check->next,
-                 "load %s with nested=1: put \"options %s nested=1\" into a file in /etc/modprobe.d and reload it, or boot "
-                 "with %s.nested=1", module->name, module->name, module->name);
+        if (parameter == YES)
+            snprintf(check->next, sizeof check->next, "see dmesg: %s was loaded with nested, but switched it off", module->name);
+        else
+            snprintf(check->next, sizeof check->next,
+                     "load %s with nested=1: put \"options %s nested=1\" into a file in /etc/modprobe.d and reload it, or "
+                     "boot with %s.nested=1", module->name, module->name, module->name);
     }
 }
 
@@ -237,6 +250,7 @@ static void conclude(struct verdict *verdict, int status, const char *word, cons
 static void decide(const struct facts *facts, const struct device *device, const struct l2_result *real,
                    const struct l2_result *lng, struct verdict *verdict)
 {
+    /* Real mode may be interpreted (Intel without unrestricted guests); the 64-bit guest may not. */
     bool proved = lng->state == L2_PROVED && (real->state == L2_PROVED || real->state == L2_EMULATED);
     bool skipped = lng->state == L2_SKIPPED;
 
