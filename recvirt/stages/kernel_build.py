@@ -81,7 +81,7 @@ class KernelBuild:
 
     name = "kernel_build"
     revision = 1
-    needs = ("kernel_config",)
+    needs: tuple[str, ...] = ("kernel_config",)
 
     def inputs(self, profile: Profile, upstream: Mapping[str, str], context: Context) -> KernelBuildInputs:
         """The configuration's key, the pinned source and the tools; nothing of the profile itself."""
