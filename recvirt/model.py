@@ -96,7 +96,6 @@ def _check_url(text: str) -> str:
 
 
 Size = Annotated[str, AfterValidator(_check_size)]
-Line = Annotated[str, AfterValidator(_one_line)]
 Url = Annotated[str, AfterValidator(_check_url)]
 KernelWords = Annotated[str, AfterValidator(_one_line), AfterValidator(_check_kernel_words)]
 SshKey = Annotated[str, AfterValidator(_one_line), AfterValidator(_check_ssh_key)]
@@ -107,9 +106,10 @@ Scalar = Annotated[
     AfterValidator(_one_line),
     Field(json_schema_extra={"type": ["string", "integer"]}),
 ]
-PackageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9+.-]+(/[a-z0-9-]+)?$")]
+PackageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9+.-]+$")]
 UnitName = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9:_.@\\-]+\.(service|socket|timer|mount|path|target|slice)$")
+    str,
+    StringConstraints(pattern=r"^[A-Za-z0-9:_.@\\-]+\.(service|socket|timer|path|mount|automount|swap|target|slice)$"),
 ]
 SysctlKey = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_][A-Za-z0-9_./*-]*$")]
 # The loader makes these absolute (relative ones are relative to the profile's file) and checks that they exist.
@@ -126,46 +126,61 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+_VERSION = r"^[0-9]+(\.[0-9]+){1,2}$"
+
+
 class Allowance(Model):
     """A requested symbol that may differ in the final configuration, with the reason. An unused one is a fault."""
 
-    symbol: Symbol
-    reason: str = Field(min_length=8)
-    since: str | None = None
-    until: str | None = None
+    symbol: Symbol = Field(description="the symbol's name, without CONFIG_")
+    reason: str = Field(min_length=8, description="why the difference is right")
+    since: str | None = Field(default=None, pattern=_VERSION, description="first kernel version that it holds for")
+    until: str | None = Field(default=None, pattern=_VERSION, description="last kernel version that it holds for")
 
 
 class KernelPackage(Model):
     """A ``linux-source-*`` package of a suite, verified through apt."""
 
-    suite: Suite = "trixie"
-    package: str = Field(default="linux-source-6.12", pattern=r"^linux-source-[0-9][0-9a-z.+-]*$")
+    suite: Suite = Field(default="trixie", description="the suite, as `trixie` or `trixie-backports`")
+    package: str = Field(
+        default="linux-source-6.12", pattern=r"^linux-source-[0-9][0-9a-z.+-]*$", description="the package's name"
+    )
 
 
 class KernelTarball(Model):
     """A release tarball by URL. The digest is required; a detached signature over the uncompressed tar is optional."""
 
-    url: Url
-    sha256: Sha256
-    signature_url: Url | None = None
-    keyring: FilePath | None = None
+    url: Url = Field(description="where the tarball is")
+    sha256: Sha256 = Field(description="its digest")
+    signature_url: Url | None = Field(default=None, description="a detached OpenPGP signature of the uncompressed tar")
+    keyring: FilePath | None = Field(default=None, description="the keys that may sign it; needed with signature_url")
 
 
 class Kernel(Model):
     """The kernel: our own from one of three sources, or Debian's stock cloud kernel (``kernel: debian``)."""
 
-    source: Literal["package", "tarball", "tree", "debian"] = "package"
-    package: KernelPackage = KernelPackage()
-    tarball: KernelTarball | None = None
-    tree: FolderPath | None = Field(default=None, description="a local source tree or git checkout")
-    patches: tuple[FilePath, ...] = Field(default=(), description="patch files applied in order (-p1)")
-    debian_package: str = Field(default="linux-image-cloud-amd64", pattern=r"^linux-image-[a-z0-9.+-]+$")
-    localversion: str = Field(default="-recvirt", pattern=r"^-[a-z0-9-]{1,20}$")
-    fragments: tuple[FragmentRef, ...] = Field(default=(), description="names in kernel-configs/, in merge order")
-    overrides: dict[Symbol, Scalar] = Field(
-        default_factory=dict, description="SYMBOL: value that wins over the fragments, declared on purpose"
+    source: Literal["package", "tarball", "tree", "debian"] = Field(
+        default="package", description="where the kernel comes from; `kernel: debian` is short for `debian`"
     )
-    allow: tuple[Allowance, ...] = ()
+    package: KernelPackage = Field(default=KernelPackage(), description="for `source: package`")
+    tarball: KernelTarball | None = Field(default=None, description="for `source: tarball`")
+    tree: FolderPath | None = Field(default=None, description="for `source: tree`: a local source tree or git checkout")
+    patches: tuple[FilePath, ...] = Field(default=(), description="patch files applied in order (-p1)")
+    debian_package: str = Field(
+        default="linux-image-cloud-amd64", pattern=r"^linux-image-[a-z0-9.+-]+$",
+        description="for `source: debian`: the package to install",
+    )  # fmt: skip
+    localversion: str = Field(
+        default="-recvirt", pattern=r"^-[a-z0-9-]{1,20}$",
+        description="in the kernel's release, before a digest that tells configurations apart",
+    )  # fmt: skip
+    fragments: tuple[FragmentRef, ...] = Field(
+        default=(), description="fragments in merge order: names in kernel-configs/, or paths (with a slash)"
+    )
+    overrides: dict[Symbol, Scalar] = Field(
+        default_factory=dict, description="`SYMBOL: value` that wins over the fragments, declared on purpose"
+    )
+    allow: tuple[Allowance, ...] = Field(default=(), description="symbols that may come out otherwise than asked for")
     cmdline: tuple[KernelWords, ...] = Field(default=(), description="words for the kernel command line")
 
     @model_validator(mode="before")
@@ -177,70 +192,90 @@ class Kernel(Model):
 class User(Model):
     """A login. There are no passwords: keys come from here, or from the cloud through cloud-init."""
 
-    name: UserName
-    groups: tuple[UserName, ...] = ()
-    ssh_keys: tuple[SshKey, ...] = ()
-    sudo: bool = False
-    shell: str = Field(default="/bin/bash", pattern=r"^/[A-Za-z0-9/._-]+$")
+    name: UserName = Field(description="the login's name; the first user is also cloud-init's default user")
+    groups: tuple[UserName, ...] = Field(default=(), description="groups besides its own, as `libvirt` or `kvm`")
+    ssh_keys: tuple[SshKey, ...] = Field(default=(), description="public keys that may log in")
+    sudo: bool = Field(default=False, description="may become root, without a password")
+    shell: str = Field(default="/bin/bash", pattern=r"^/[A-Za-z0-9/._-]+$", description="the login shell")
 
 
 class Hook(Model):
     """A script of the profile: ``host`` runs on the build host with the tree's path in $1, ``chroot`` in the tree."""
 
-    where: Literal["host", "chroot"]
-    path: FilePath
+    where: Literal["host", "chroot"] = Field(
+        description="`host`: in the sandbox, with the tree's path in $1; `chroot`: in the tree"
+    )
+    path: FilePath = Field(description="the script")
 
 
 class Mount(Model):
     """One NFS mount. ``source`` is ``server:/path`` (or empty: the folder stays local until user data sets it)."""
 
-    source: str = Field(default="", pattern=r"^$|^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):/[A-Za-z0-9/._+-]*$")
-    options: str = Field(default="vers=4.2,soft,timeo=100,retrans=3", pattern=r"^[A-Za-z0-9=,._:-]*$")
+    source: str = Field(
+        default="", pattern=r"^$|^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):/[A-Za-z0-9/._+-]*$",
+        description="`server:/path`; empty: a local folder until user data names one",
+    )  # fmt: skip
+    options: str = Field(
+        default="vers=4.2,soft,timeo=100,retrans=3", pattern=r"^[A-Za-z0-9=,._:-]*$",
+        description="mount options, as in nfs(5)",
+    )  # fmt: skip
 
 
 class Nfs(Model):
     """The two mounts of the Nested Cloud: application disk images and block images."""
 
-    images: Mount = Mount()
-    blocks: Mount = Mount()
+    images: Mount = Field(default=Mount(), description="/var/lib/recvirt/images: application disk images")
+    blocks: Mount = Field(default=Mount(), description="/var/lib/recvirt/blocks: block images")
 
 
 class CloudInit(Model):
     """cloud-init: which datasources it may try, in order."""
 
-    enabled: bool = True
-    datasources: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]+$")], ...] = (
-        "NoCloud", "ConfigDrive", "Ec2", "GCE", "Azure", "OpenStack", "VMware", "None",
-    )  # fmt: skip
+    enabled: bool = Field(default=True, description="whether cloud-init runs (when its package is installed)")
+    datasources: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], ...] = Field(
+        default=("NoCloud", "ConfigDrive", "Ec2", "GCE", "Azure", "OpenStack", "VMware", "None"),
+        description="datasources it may try, in order",
+    )
 
 
 class Root(Model):
     """The Debian tree inside the image."""
 
-    suite: Literal["trixie", "bookworm", "sid"] = "trixie"
+    suite: Literal["trixie", "bookworm", "sid"] = Field(default="trixie", description="the Debian release")
     mirror: Url | None = Field(default=None, description="archive URL; unset: the bootstrapper's own default")
-    components: tuple[Name, ...] = ("main",)
-    snapshot: str | None = Field(default=None, pattern=r"^\d{8}T\d{6}Z$", description="a snapshot archive's timestamp")
+    components: tuple[Name, ...] = Field(default=("main",), description="components of the archive")
+    snapshot: str | None = Field(
+        default=None, pattern=r"^\d{8}T\d{6}Z$", description="a snapshot archive's timestamp, as 20261120T000000Z"
+    )
     snapshot_mirror: Url | None = Field(default=None, description="base URL of the snapshot archive")
     keyring: FilePath | None = Field(default=None, description="keyring that signs the mirror; unset: Debian's own")
-    bootstrapper: Literal["mmdebstrap", "debootstrap"] = "mmdebstrap"
-    package_lists: tuple[PackageListRef, ...] = Field(default=(), description="names in package-lists/")
+    bootstrapper: Literal["mmdebstrap", "debootstrap"] = Field(
+        default="mmdebstrap", description="what installs the packages; debootstrap is the fallback"
+    )
+    package_lists: tuple[PackageListRef, ...] = Field(
+        default=(), description="lists of packages: names in package-lists/, or paths (with a slash)"
+    )
     packages: tuple[PackageName, ...] = Field(default=(), description="packages besides those of the lists")
-    hostname: HostName = "recvirt"
-    locale: str = Field(default="C.UTF-8", pattern=r"^[A-Za-z0-9_.@-]+$")
-    timezone: str = Field(default="Etc/UTC", pattern=r"^[A-Za-z0-9_+/-]+$")
-    users: tuple[User, ...] = ()
+    hostname: HostName = Field(default="recvirt", description="the host name until a cloud sets one")
+    locale: str = Field(
+        default="C.UTF-8", pattern=r"^(C|POSIX|[a-z]{2,3}(_[A-Z]{2})?)(\.[A-Za-z0-9-]+)?(@[a-z]+)?$",
+        description="the system's locale",
+    )  # fmt: skip
+    timezone: str = Field(
+        default="Etc/UTC", pattern=r"^[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*$", description="the time zone"
+    )
+    users: tuple[User, ...] = Field(default=(), description="logins; none: cloud-init makes its default user")
     overlays: tuple[FolderPath, ...] = Field(default=(), description="folders copied over the tree, in order")
-    hooks: tuple[Hook, ...] = ()
-    cloud_init: CloudInit = CloudInit()
-    nfs: Nfs | None = None
-    nested: bool = Field(default=True, description="kvm_intel.nested=1, kvm_amd.nested=1")
+    hooks: tuple[Hook, ...] = Field(default=(), description="scripts that run after the packages and overlays")
+    cloud_init: CloudInit = Field(default=CloudInit(), description="cloud-init")
+    nfs: Nfs | None = Field(default=None, description="the two NFS mounts; unset: none")
+    nested: bool = Field(default=True, description="load KVM with nesting on (kvm_intel.nested, kvm_amd.nested)")
     modules: tuple[Name, ...] = Field(default=(), description="kernel modules loaded at boot")
-    sysctl: dict[SysctlKey, Scalar] = Field(default_factory=dict)
+    sysctl: dict[SysctlKey, Scalar] = Field(default_factory=dict, description="kernel parameters, as in sysctl.d(5)")
     services: tuple[UnitName, ...] = Field(default=(), description="units enabled besides the packages' own presets")
     masked: tuple[UnitName, ...] = Field(default=(), description="units that never run")
-    journal_max: Size = "64M"
-    unattended_upgrades: bool = False
+    journal_max: Size = Field(default="64M", description="what the journal may take on the disk")
+    unattended_upgrades: bool = Field(default=False, description="install security updates every day")
     console_autologin: UserName | None = Field(
         default=None, description="log this user in on the serial console; whoever owns the console owns the VM"
     )
@@ -249,29 +284,33 @@ class Root(Model):
 class Image(Model):
     """The disk image."""
 
-    size: Size = "4G"
-    filesystem: Literal["ext4", "xfs", "btrfs"] = "ext4"
-    esp_size: Size = "64M"
-    initramfs: Literal["none", "small"] = "none"
-    formats: tuple[Literal["qcow2", "raw", "vhd", "vmdk", "ova"], ...] = ("qcow2",)
+    size: Size = Field(default="4G", description="size of the virtual disk; the root grows on a larger one")
+    filesystem: Literal["ext4", "xfs", "btrfs"] = Field(default="ext4", description="the root's file system")
+    esp_size: Size = Field(default="64M", description="size of the EFI system partition")
+    initramfs: Literal["none", "small"] = Field(
+        default="none", description="`none`: the kernel mounts the root itself; `small`: drivers come in an initramfs"
+    )
+    formats: tuple[Literal["qcow2", "raw", "vhd", "vmdk", "ova"], ...] = Field(
+        default=("qcow2",), description="files to write: qcow2 (zstd), raw, fixed VHD, streamOptimized VMDK, OVA"
+    )
     boot_timeout: int = Field(default=1, ge=0, le=60, description="seconds the boot menu waits")
 
 
 class Accept(Model):
     """How the image is proved."""
 
-    memory: Size = "2G"
-    cpus: int = Field(default=2, ge=1, le=64)
+    memory: Size = Field(default="2G", description="memory of the test guest")
+    cpus: int = Field(default=2, ge=1, le=64, description="virtual CPUs of the test guest")
     boot_seconds: int = Field(default=300, ge=10, description="give up on a boot after so long (scaled up under TCG)")
-    unit_failures_allowed: tuple[str, ...] = ()
+    unit_failures_allowed: tuple[str, ...] = Field(default=(), description="units that may have failed after a boot")
 
 
 class Profile(Model):
     """A whole profile, after merging."""
 
-    name: Name
-    description: str = ""
-    kernel: Kernel = Kernel()
-    root: Root = Root()
-    image: Image = Image()
-    accept: Accept = Accept()
+    name: Name = Field(description="the profile's name; unset: its file's name")
+    description: str = Field(default="", description="one line for `recvirt profiles`")
+    kernel: Kernel = Field(default=Kernel(), description="the kernel")
+    root: Root = Field(default=Root(), description="the Debian tree")
+    image: Image = Field(default=Image(), description="the disk")
+    accept: Accept = Field(default=Accept(), description="the proof")

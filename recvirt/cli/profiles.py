@@ -1,4 +1,4 @@
-"""``recvirt profiles`` and ``recvirt profile show|schema|new``."""
+"""``recvirt profiles`` and ``recvirt profile show|schema|keys|new``."""
 
 from __future__ import annotations
 
@@ -101,6 +101,19 @@ def schema() -> None:
     from recvirt.profile import file_schema
 
     click.echo(json.dumps(file_schema(), indent=1))
+
+
+@profile.command()
+def keys() -> None:
+    """Print every key of a profile with its type, default and meaning (Markdown tables, as in the manual).
+
+    \b
+    Example:
+      recvirt profile keys | less
+    """
+    from recvirt.profile.reference import as_markdown
+
+    click.echo(as_markdown(), nl=False)
 
 
 @profile.command()

@@ -28,7 +28,7 @@ from recvirt.profile.schema import file_schema
 
 #: What an origin's file is for values that no profile wrote.
 DEFAULT = "built-in default"
-_HINT = "recvirt profile schema prints every key; the manual explains them"
+_HINT = "recvirt profile keys explains every key"
 
 
 @dataclass(frozen=True)
