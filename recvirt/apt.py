@@ -174,29 +174,30 @@ def translate_apt_error(error: CommandError, suite: str) -> RecvirtError:
     said = "\n".join(f"  | {line}" for line in lines)
     if "No space left on device" in text:
         return SpaceError(f"the disk is full while fetching {suite}\n{said}", hint="free room or set --cache-dir")
-    if re.search(r"is expired|not valid yet|valid until", text, re.I):
+    # Names of packages come first: what they are called must not decide about anything.
+    if _LACKS.search(text):
+        return ConfigError(
+            f"{suite} can't provide what was asked for\n{said}", hint="check the package lists for this suite"
+        )
+    if re.search(r"is expired \(|is not valid yet|past its valid until", text, re.I):
         return VerificationError(
             f"the release file of {suite} is out of date\n{said}",
             hint="check this machine's clock; if it is right, the mirror is stale: choose another (root.mirror)",
         )
-    if re.search(r"Hash Sum mismatch|unexpected size|Hashes of|Size mismatch", text, re.I):
+    if re.search(r"Hash Sum mismatch|has unexpected size|Size mismatch", text, re.I):
         return VerificationError(
             f"the archive of {suite} sent something else than it signed\n{said}",
             hint="the mirror is broken or in the middle of an update: try again later or choose another (root.mirror)",
         )
-    if re.search(r"certificate|SSL connection|TLS|handshake", text):
+    if re.search(r"SSL connection failed|certificate verif|Could not handshake", text, re.I):
         return DownloadError(
             f"the server of {suite} could not prove who it is\n{said}",
             hint="behind a proxy or with a company's own CA: name its PEM file in SSL_CERT_FILE",
         )
-    if re.search(r"is not signed|no longer signed|NO_PUBKEY|signature|OpenPGP|GPG|sqv", text):
+    if re.search(r"is not signed|no longer signed|NO_PUBKEY|verify signature|signature verification|GPG error", text):
         return VerificationError(
             f"the archive of {suite} has no valid signature\n{said}",
             hint="name the keyring that signs it: root.keyring",
-        )
-    if _LACKS.search(text):
-        return ConfigError(
-            f"{suite} can't provide what was asked for\n{said}", hint="check the package lists for this suite"
         )
     if re.search(r"(does not have|no longer has) a Release file", text):
         return DownloadError(
