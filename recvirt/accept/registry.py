@@ -28,7 +28,7 @@ SCENES = {
     "matrix": "a boot for each disk controller and network card",
     "vmx": "the kernel on an emulated Intel processor (Bochs)",
 }
-OPTIONAL_SCENES = ("deep", "matrix")
+OPTIONAL_SCENES = ("deep", "matrix", "vmx")
 #: A scene that is a later part of another one's boot, or needs several.
 NEEDS = {"reboot": ("first",), "pair": ("first", "second")}
 
