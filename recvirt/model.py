@@ -200,7 +200,7 @@ class User(Model):
 
 
 class Hook(Model):
-    """A script of the profile: ``host`` runs on the build host with the tree's path in $1, ``chroot`` in the tree."""
+    """A script of the profile: ``host`` runs in the sandbox with the tree's path in $1, ``chroot`` in the tree."""
 
     where: Literal["host", "chroot"] = Field(
         description="`host`: in the sandbox, with the tree's path in $1; `chroot`: in the tree"
