@@ -98,7 +98,9 @@ def test_the_manual_page_names_every_global_option() -> None:
 
 
 def test_the_manual_page_names_no_option_that_is_not_there() -> None:
-    known = {option for command in (cli, *COMMANDS.values()) for p in command.params for option in p.opts + p.secondary_opts}
+    known = {
+        option for command in (cli, *COMMANDS.values()) for p in command.params for option in p.opts + p.secondary_opts
+    }
     known |= {"-h", "--help"}
     assert set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", page_text())) <= known
 
