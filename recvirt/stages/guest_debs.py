@@ -35,8 +35,9 @@ _TOP_FOLDERS = frozenset({"DEBIAN", "root", "src"})
 _DEFAULT_EPOCH = 1_767_225_600  # 2026-01-01 00:00 UTC
 #: Tools whose version may change the bytes.
 _TOOLS = ("dpkg", "gcc", "binutils", "musl-dev", "musl-tools", "linux-libc-dev", "gzip", "xz-utils", "liblzma5")
-_LINK_LINE = re.compile(r"^(\S+)\s+([^/\s]\S*)$")
-_MODE_LINE = re.compile(r"^([0-7]{3,4})\s+([^/\s]\S*)$")
+#: Lines of ``links`` and ``modes``: names are relative to the package's root.
+LINK_LINE = re.compile(r"^(\S+)\s+([^/\s]\S*)$")
+MODE_LINE = re.compile(r"^([0-7]{3,4})\s+([^/\s]\S*)$")
 
 #: Compiled programs: package -> installed path -> sources in ``src/``.
 PROGRAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -190,7 +191,7 @@ def built_using(tools: Sequence[str]) -> str:
     version = dict(tool.split("=", 1) for tool in tools).get("musl-dev", "")
     if not version:
         raise StageError("the tools root has no musl-dev", hint="make it anew: it must hold the package musl-tools")
-    return f"musl (= {version})"
+    return f"musl (= {re.sub(r'[+]b[0-9]+$', '', version)})"
 
 
 def dpkg_deb_argv(tree: Path, output: Path) -> list[str]:
@@ -281,7 +282,7 @@ def archive_entries(programs: Mapping[str, bytes]) -> list[Entry]:
 
 def _make_links(source: Path, tree: Path, package: str) -> None:
     path = source / "links"
-    for target, name in parse_pairs(path.read_text(), _LINK_LINE, f"{package}/links") if path.exists() else ():
+    for target, name in parse_pairs(path.read_text(), LINK_LINE, f"{package}/links") if path.exists() else ():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).symlink_to(target)
 
@@ -295,11 +296,12 @@ def _compress(tree: Path, work: Work) -> None:
 
 
 def _set_modes(source: Path, tree: Path, package: str) -> None:
+    # The umask of whoever builds must not matter.
     for path in _walk(tree):
-        if not path.is_symlink() and path.is_dir():
-            path.chmod(0o755)
+        if not path.is_symlink():
+            path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
     modes = source / "modes"
-    for mode, name in parse_pairs(modes.read_text(), _MODE_LINE, f"{package}/modes") if modes.exists() else ():
+    for mode, name in parse_pairs(modes.read_text(), MODE_LINE, f"{package}/modes") if modes.exists() else ():
         if not (tree / name).exists():
             raise StageError(f"{package}/modes names {name}, which is not in the package")
         (tree / name).chmod(int(mode, 8))
