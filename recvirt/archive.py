@@ -8,7 +8,6 @@ Does not own: installing anything, nor apt's languages (``apt.py``).
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import http.client
 import json
@@ -36,8 +35,9 @@ from recvirt.apt import (
     translate_apt_error,
 )
 from recvirt.errors import CommandError, ConfigError, DownloadError, RecvirtError, VerificationError
+from recvirt.run import is_stopping
 from recvirt.sandbox import ToolsRoot
-from recvirt.store import sha256_of
+from recvirt.store import sha256_of, take_lock
 from recvirt.trust import ca_bundle
 from recvirt.ui import format_bytes, reporter
 
@@ -101,7 +101,7 @@ class Archive:
     def _locked(self) -> Iterator[None]:
         """Two builds may ask at once; apt itself would fail on its lock instead of waiting."""
         with (self.state_dir / "recvirt.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            take_lock(lock.fileno(), is_stopping)
             yield
 
     def _prepare(self) -> None:
@@ -319,7 +319,7 @@ class Archive:
 def _folder_lock(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        take_lock(descriptor, is_stopping)
         yield
     finally:
         os.close(descriptor)

@@ -203,7 +203,7 @@ class Builder:
 
     def _build(self, item: Planned, done: Mapping[str, Output]) -> Output:
         name, key = item.stage.name, item.key
-        with self.store.lock(name, key):
+        with self.store.lock(name, key, gave_up=self._failed.is_set):
             if (output := self.store.get(name, key)) is not None:
                 return output
             if self._failed.is_set():

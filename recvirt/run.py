@@ -147,6 +147,11 @@ def stop_all() -> None:
             _kill_session(process)
 
 
+def is_stopping() -> bool:
+    """Whether :func:`stop_all` was called: whoever waits should give up."""
+    return _stopping.is_set()
+
+
 def allow_start() -> None:
     """Programs may be started again after :func:`stop_all`."""
     _stopping.clear()

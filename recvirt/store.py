@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,8 +162,10 @@ class Store:
         return self.get(stage, max(found)[1]) if found else None
 
     @contextmanager
-    def lock(self, stage: str, key: str, *, wait: bool = True) -> Iterator[None]:
-        """Hold the lock of one key. Says so while it waits for another recvirt."""
+    def lock(
+        self, stage: str, key: str, *, wait: bool = True, gave_up: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
+        """Hold the lock of one key. Says so while it waits for another recvirt; see :func:`take_lock`."""
         folder = self.directory / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"{stage}-{key}").open("a") as stream:
@@ -173,7 +175,7 @@ class Store:
                 if not wait:
                     raise LockedError(f"another recvirt builds {stage} {key[:12]}") from None
                 reporter.info(f"waiting for another recvirt that builds the same {stage}")
-                fcntl.flock(stream, fcntl.LOCK_EX)
+                take_lock(stream.fileno(), gave_up)
             yield
 
     def fresh_work_dir(self, stage: str, key: str) -> Path:
@@ -226,6 +228,18 @@ class Store:
         if damaged is not None:
             remove_tree(damaged)
         return Output(stage, key, target, manifest)
+
+
+def take_lock(descriptor: int, gave_up: Callable[[], bool] = lambda: False) -> None:
+    """Wait for an exclusive flock(2). LockedError once ``gave_up()``: a thread that waits in flock can't be woken."""
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if gave_up():
+                raise LockedError("gave up waiting for another recvirt") from None
+            time.sleep(0.1)
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
