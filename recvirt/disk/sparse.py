@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def data_ranges(descriptor: int, size_bytes: int) -> Iterator[tuple[int, int]]:
-    """The ranges (start, end) of an open file that hold data; all of it where the filesystem knows no holes."""
-    position = 0
+def data_ranges(descriptor: int, size_bytes: int, position: int = 0) -> Iterator[tuple[int, int]]:
+    """The ranges (start, end) of an open file that hold data, from ``position`` on; without known holes, all of it."""
     while position < size_bytes:
         try:
             start = os.lseek(descriptor, position, os.SEEK_DATA)
@@ -18,6 +17,8 @@ def data_ranges(descriptor: int, size_bytes: int) -> Iterator[tuple[int, int]]:
             if error.errno == errno.ENXIO:
                 return
             raise
+        if start >= size_bytes:
+            return
         end = os.lseek(descriptor, start, os.SEEK_HOLE)
         yield start, min(end, size_bytes)
         position = end
@@ -38,11 +39,23 @@ def copy_sparse(source: Path, target: Path, *, target_offset: int = 0, truncate:
             if truncate:
                 os.ftruncate(descriptor, target_offset + size)
             for start, end in data_ranges(reader.fileno(), size):
-                at = start
-                while at < end:
-                    done = os.copy_file_range(reader.fileno(), descriptor, end - at, at, target_offset + at)
-                    if done == 0:
-                        raise OSError(errno.EIO, f"{source} ends before its data")
-                    at += done
+                _copy(reader.fileno(), start, descriptor, target_offset + start, end - start)
         finally:
             os.close(descriptor)
+
+
+def copy_range(source: Path, offset: int, length: int, target: Path) -> None:
+    """Make ``target`` of ``length`` bytes of ``source`` from ``offset`` on, holes left out."""
+    with source.open("rb") as reader, target.open("wb") as writer:
+        size = min(os.fstat(reader.fileno()).st_size, offset + length)
+        writer.truncate(length)
+        for start, end in data_ranges(reader.fileno(), size, offset):
+            _copy(reader.fileno(), start, writer.fileno(), start - offset, end - start)
+
+
+def _copy(source: int, source_offset: int, target: int, target_offset: int, length: int) -> None:
+    while length:
+        done = os.copy_file_range(source, target, length, source_offset, target_offset)
+        if done == 0:
+            raise OSError(errno.EIO, "a file became shorter while it was copied")
+        source_offset, target_offset, length = source_offset + done, target_offset + done, length - done

@@ -17,7 +17,8 @@ from recvirt.disk.layout import SECTOR, TYPE_BIOS_BOOT, TYPE_ESP, Partition
 from recvirt.disk.packages import Package, installed, parse_status
 from recvirt.errors import VerificationError
 from recvirt.imagefile.container import Container, identify, raw_disk
-from recvirt.imagefile.files import Entry, Reader, detect_filesystem, open_reader, read_from_esp
+from recvirt.imagefile.files import Entry, Reader, detect_filesystem, read_from_esp
+from recvirt.imagefile.foreign import open_reader
 from recvirt.sandbox import ToolsRoot
 
 STATUS = "/var/lib/dpkg/status"

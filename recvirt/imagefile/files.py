@@ -1,7 +1,7 @@
 """Reads files out of a filesystem inside a raw disk, without mounting it.
 
-ext4 is read by debugfs(8), xfs and btrfs by GRUB's own drivers (grub-fstest(1)), the ESP by mtools(1), each in the
-sandbox, with a bound on what a single file may bring. Names are data: those that no command can hold are passed over.
+ext4 is read by debugfs(8), the ESP by mtools(1), others in :mod:`recvirt.imagefile.foreign`, each in the sandbox and
+with a bound on what a single file may bring. Names are data: those that no command can hold are passed over.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from recvirt.sandbox import ToolsRoot
 #: No file that is read here is larger in an honest image (dpkg's status: a few MB).
 _LARGEST_FILE = 64 * 1024**2
 _LIMIT_BLOCKS = _LARGEST_FILE // 512
-_TIMEOUT_SECONDS = 300
-_PLAIN_NAME = re.compile(r'^[^\x00-\x1f\x7f"]+$')
+TIMEOUT_SECONDS = 300
+PLAIN_NAME = re.compile(r'^[^\x00-\x1f\x7f"]+$')
 _DEEPEST = 64
 
 
@@ -65,8 +65,8 @@ class Reader(Protocol):
         """The names in one folder; empty when it isn't there."""
         ...
 
-    def tree(self, folder: str = "/") -> dict[str, Entry]:
-        """Every absolute path below ``folder``."""
+    def tree(self) -> dict[str, Entry]:
+        """Every absolute path."""
         ...
 
 
@@ -80,7 +80,8 @@ def bounded(argv: Sequence[str]) -> list[str]:
     return ["sh", "-c", f'ulimit -f {_LIMIT_BLOCKS}; exec "$@"', "bounded", *argv]
 
 
-def _collect(paths: Sequence[str], scratch: Path) -> dict[str, bytes]:
+def collect(paths: Sequence[str], scratch: Path) -> dict[str, bytes]:
+    """What a tool wrote into ``scratch/file-NUMBER`` for each of ``paths``; the files are removed."""
     found = {}
     for number, path in enumerate(paths):
         output = scratch / f"file-{number}"
@@ -104,23 +105,23 @@ class Ext4Reader:
         script.write_text("".join(f"{line}\n" for line in commands))
         argv = ["debugfs", "-f", str(script), f"{self.disk}?offset={self.part.offset_bytes}"]
         done = self.tools.run(
-            bounded(argv), readable=[self.disk], writable=[self.scratch], timeout_seconds=_TIMEOUT_SECONDS
+            bounded(argv), readable=[self.disk], writable=[self.scratch], timeout_seconds=TIMEOUT_SECONDS
         )
         return done.stdout
 
     def read(self, paths: Sequence[str]) -> dict[str, bytes]:
         """See :class:`Reader`. Symbolic links are followed by debugfs within the filesystem."""
-        self._run(f'dump "{path}" {self.scratch}/file-{i}' for i, path in enumerate(paths) if _PLAIN_NAME.match(path))
-        return _collect(paths, self.scratch)
+        self._run(f'dump "{path}" {self.scratch}/file-{i}' for i, path in enumerate(paths) if PLAIN_NAME.match(path))
+        return collect(paths, self.scratch)
 
     def listing(self, folder: str) -> dict[str, Entry]:
         """See :class:`Reader`."""
         return self._listings([folder]).get(folder, {})
 
-    def tree(self, folder: str = "/") -> dict[str, Entry]:
+    def tree(self) -> dict[str, Entry]:
         """See :class:`Reader`: one run of debugfs a level."""
         found: dict[str, Entry] = {}
-        level = [folder]
+        level = ["/"]
         for _ in range(_DEEPEST):
             below = []
             for parent, entries in self._listings(level).items():
@@ -135,7 +136,7 @@ class Ext4Reader:
         raise VerificationError("the filesystem's folders are nested without end")
 
     def _listings(self, folders: Sequence[str]) -> dict[str, dict[str, Entry]]:
-        return parse_debugfs_ls(self._run(f'ls -p "{folder}"' for folder in folders if _PLAIN_NAME.match(folder)))
+        return parse_debugfs_ls(self._run(f'ls -p "{folder}"' for folder in folders if PLAIN_NAME.match(folder)))
 
 
 def parse_debugfs_ls(text: str) -> dict[str, dict[str, Entry]]:
@@ -155,80 +156,6 @@ def parse_debugfs_ls(text: str) -> dict[str, dict[str, Entry]]:
     return found
 
 
-@dataclass(frozen=True)
-class GrubReader:
-    """xfs and btrfs through GRUB's drivers. Slower: a program run a file or folder."""
-
-    disk: Path
-    part: Partition
-    tools: ToolsRoot
-    scratch: Path
-
-    def _run(self, script: str, *words: str) -> str:
-        done = self.tools.run(
-            bounded(["sh", "-c", script, "grub", str(self.disk), f"(loop0,gpt{self.part.number})", *words]),
-            readable=[self.disk], writable=[self.scratch], check=False, timeout_seconds=_TIMEOUT_SECONDS,
-        )  # fmt: skip
-        return done.stdout
-
-    def read(self, paths: Sequence[str]) -> dict[str, bytes]:
-        """See :class:`Reader`."""
-        wanted = [path for path in paths if _PLAIN_NAME.match(path)]
-        numbers = {path: number for number, path in enumerate(paths)}
-        script = 'disk=$1 part=$2; shift 2; while [ $# -gt 0 ]; do grub-fstest "$disk" cp "$part$1" "$2"; shift 2; done'
-        words = [word for path in wanted for word in (path, f"{self.scratch}/file-{numbers[path]}")]
-        self._run(script, *words)
-        return _collect(paths, self.scratch)
-
-    def listing(self, folder: str) -> dict[str, Entry]:
-        """See :class:`Reader`."""
-        if not _PLAIN_NAME.match(folder):
-            return {}
-        return parse_grub_ls(self._run('grub-fstest "$1" ls -- -l "$2$3"', folder.rstrip("/") + "/"))
-
-    def tree(self, folder: str = "/") -> dict[str, Entry]:
-        """See :class:`Reader`."""
-        found: dict[str, Entry] = {}
-        todo = [folder]
-        while todo:
-            parent = todo.pop()
-            if parent.count("/") > _DEEPEST:
-                raise VerificationError("the filesystem's folders are nested without end")
-            for name, entry in self.listing(parent).items():
-                path = f"{parent.rstrip('/')}/{name}"
-                found[path] = entry
-                if entry.is_dir:
-                    todo.append(path)
-        return found
-
-
-def parse_grub_ls(text: str) -> dict[str, Entry]:
-    """The output of GRUB's ``ls -l``: size (or ``DIR``), time, name (folders end with a slash)."""
-    found = {}
-    for line in text.splitlines():
-        match = re.match(r"^(DIR|\d+)\s+(?:\d{14}\s+|\?*\s*)(.+)$", line)
-        if match is None:
-            continue
-        name = match[2].rstrip("/")
-        if name in (".", "..", ""):
-            continue
-        is_dir = match[1] == "DIR"
-        found[name] = Entry(stat.S_IFDIR if is_dir else stat.S_IFREG, 0 if is_dir else int(match[1]))
-    return found
-
-
-def open_reader(disk: Path, part: Partition, tools: ToolsRoot, scratch: Path) -> tuple[str, Reader]:
-    """The filesystem of a partition and its reader. VerificationError when there is none that can be read."""
-    kind = detect_filesystem(disk, part)
-    if kind == "ext4":
-        return kind, Ext4Reader(disk, part, tools, scratch)
-    if kind in ("xfs", "btrfs"):
-        return kind, GrubReader(disk, part, tools, scratch)
-    raise VerificationError(
-        f"partition {part.number} ({part.name}) holds no filesystem that recvirt reads", hint="ext4, xfs or btrfs"
-    )
-
-
 def read_from_esp(
     disk: Path, part: Partition, paths: Sequence[str], tools: ToolsRoot, scratch: Path
 ) -> dict[str, bytes]:
@@ -239,4 +166,4 @@ def read_from_esp(
             bounded(argv), readable=[disk], writable=[scratch], check=False, env={"MTOOLS_SKIP_CHECK": "1"},
             timeout_seconds=60,
         )  # fmt: skip
-    return _collect(paths, scratch)
+    return collect(paths, scratch)
