@@ -55,7 +55,7 @@ def publish(outputs: Mapping[str, Output], product_dir: Path) -> list[Path]:
 def _products_of(stage: str, output: Output) -> dict[str, Path]:
     found = {}
     for pattern in PRODUCTS[stage]:
-        for source in output.directory.glob(pattern):
+        for source in sorted(output.directory.glob(pattern)):
             if source.name != MANIFEST:
                 found[source.name if stage == "image" else f"{stage}-{source.name}"] = source
     return found
