@@ -1,4 +1,4 @@
-"""The files that the root stage writes into the tree: which, with what mode, under which condition, from which template.
+"""The files that the root stage writes into the tree: which, with what mode, when, and from which template.
 
 The templates lie in ``resources/templates/root`` below the path they get in the image; those ending in ``.j2`` are
 rendered (undefined names are errors, values are quoted by the filters ``sh``, ``unit`` and ``tojson``), the others are
@@ -93,6 +93,7 @@ RULES: tuple[tuple[str, int, Condition], ...] = (
     ("etc/dpkg/dpkg.cfg.d/recvirt", 0o644, _always),
     ("etc/cloud/cloud.cfg.d/90_recvirt.cfg", 0o644, lambda f: f.has("cloud-init")),
     ("etc/cloud/cloud-init.disabled", 0o644, lambda f: f.has("cloud-init") and not f.cloud_init),
+    ("etc/environment", 0o644, lambda f: f.has("libvirt-clients")),
     ("etc/fstab", 0o644, _always),
     ("etc/hostname", 0o644, _always),
     ("etc/hosts", 0o644, _always),
@@ -108,6 +109,7 @@ RULES: tuple[tuple[str, int, Condition], ...] = (
     ("etc/sudoers.d/recvirt", 0o440, lambda f: any(user.sudo for user in f.root.users)),
     ("etc/sysctl.d/60-recvirt.conf", 0o644, _always),
     ("etc/systemd/journald.conf.d/50-recvirt.conf", 0o644, _always),
+    ("etc/systemd/resolved.conf.d/50-recvirt.conf", 0o644, _always),
     ("etc/systemd/network/50-recvirt.network", 0o644, _always),
     ("etc/systemd/system-preset/50-recvirt.preset", 0o644, _always),
     (f"{_UNITS}/systemd-networkd-wait-online.service.d/recvirt.conf", 0o644, _always),
@@ -127,10 +129,9 @@ RULES: tuple[tuple[str, int, Condition], ...] = (
 def environment(folder: Path) -> Environment:
     """A jinja2 environment over ``folder`` that refuses undefined names and knows how to quote."""
     loader = FileSystemLoader(folder)
-    env = Environment(
-        loader=loader, undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True,
-        autoescape=False,
-    )  # fmt: skip
+    env = Environment(  # noqa: S701 - configuration files, not HTML
+        loader=loader, undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
+    )
     env.filters["sh"] = lambda value: shlex.quote(str(value))
     # systemd.unit(5): specifiers start with a percent sign, in every value.
     env.filters["unit"] = lambda value: str(value).replace("%", "%%")

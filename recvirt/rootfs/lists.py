@@ -60,7 +60,9 @@ def _parse_line(words: str, number: int) -> tuple[Entry | None, list[str]]:
     suites = tuple((match["suites"] or "").split())
     if match["suites"] is not None and not suites:
         faults.append(f"{name}: the brackets are empty")
-    faults += [f"{name}: {suite!r} is not one of the suites {', '.join(SUITES)}" for suite in suites if suite not in SUITES]
+    faults += [
+        f"{name}: {suite!r} is not one of the suites {', '.join(SUITES)}" for suite in suites if suite not in SUITES
+    ]
     return Entry(name, suites, number), faults
 
 

@@ -15,7 +15,7 @@ _RESERVE_BYTES = 1024**3
 
 
 def fits_in_memory(need_bytes: int, meminfo: str) -> bool:
-    """Whether a tree of ``need_bytes`` (and as much again for page cache of the tar) fits, by the text of /proc/meminfo."""
+    """Whether a tree of ``need_bytes`` fits, by the text of /proc/meminfo (proc(5))."""
     facts = {}
     for line in meminfo.splitlines():
         name, _, rest = line.partition(":")

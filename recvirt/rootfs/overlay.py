@@ -8,7 +8,6 @@ tree. Owns reading and freezing an overlay, and writing tars whose bytes depend 
 from __future__ import annotations
 
 import io
-import os
 import stat
 import tarfile
 from collections.abc import Iterable, Sequence
@@ -22,7 +21,7 @@ from recvirt.store import FileRef, sha256_of
 
 @dataclass(frozen=True)
 class OverlayEntry:
-    """One file, folder or link of an overlay. ``path`` is relative; exactly one of ``ref`` and ``link`` for non-folders."""
+    """One entry of an overlay: a file has ``ref``, a symbolic link ``link``, a folder neither. ``path`` is relative."""
 
     path: str
     mode: int
@@ -54,7 +53,7 @@ def read_overlay(folder: Path) -> Overlay:
             problems.append(Problem(str(folder), 0, repr(name), "the name is not UTF-8"))
             continue
         if stat.S_ISLNK(info.st_mode):
-            entries.append(OverlayEntry(name, 0o777, link=os.readlink(path)))
+            entries.append(OverlayEntry(name, 0o777, link=str(path.readlink())))
         elif stat.S_ISDIR(info.st_mode):
             entries.append(OverlayEntry(name, mode))
         elif stat.S_ISREG(info.st_mode):
@@ -117,3 +116,28 @@ def write_files_tar(files: Sequence[TreeFile], target: Path, epoch: int) -> None
             info = _header(file.path, file.mode, epoch)
             info.size = len(file.data)
             archive.addfile(info, io.BytesIO(file.data))
+
+
+#: Name, type and number of the nodes that a tree has before devtmpfs is mounted over them.
+_DEVICES = (
+    ("console", 5, 1), ("full", 1, 7), ("null", 1, 3), ("ptmx", 5, 2), ("random", 1, 8), ("tty", 5, 0),
+    ("urandom", 1, 9), ("zero", 1, 5),
+)  # fmt: skip
+_DEVICE_LINKS = {"fd": "fd", "stderr": "fd/2", "stdin": "fd/0", "stdout": "fd/1"}
+
+
+def write_devices_tar(target: Path, epoch: int) -> None:
+    """Write the device nodes as a tar: only a tar can hold them where nobody may make any."""
+    with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as archive:
+        for name, major, minor in _DEVICES:
+            node = _header(f"./dev/{name}", 0o666, epoch)
+            node.type, node.devmajor, node.devminor = tarfile.CHRTYPE, major, minor
+            archive.addfile(node)
+        for name, where in _DEVICE_LINKS.items():
+            link = _header(f"./dev/{name}", 0o777, epoch)
+            link.type, link.linkname = tarfile.SYMTYPE, f"/proc/self/{where}"
+            archive.addfile(link)
+        for name in ("pts", "shm"):
+            folder = _header(f"./dev/{name}", 0o755, epoch)
+            folder.type = tarfile.DIRTYPE
+            archive.addfile(folder)

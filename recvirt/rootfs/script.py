@@ -1,7 +1,7 @@
 """The shell scripts of a build: what happens in the tree after its packages are installed, and in which order.
 
-All are texts made by pure functions; every value is quoted with :func:`shlex.quote`. ``inside`` runs in the tree with the
-tree's own programs, ``outside`` in the sandbox with the tree's path in ``$1``. Does not own: files (``files``).
+All are texts made by pure functions; every value is quoted with :func:`shlex.quote`. ``inside`` runs in the tree with
+the tree's own programs, ``outside`` in the sandbox with the tree's path in ``$1``. Does not own: files (``files``).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BUILD_FILES = (
     "/var/log/apt/*", "/var/log/*.log", "/var/log/journal/*", "/var/cache/apt/*.bin", "/var/cache/apt/archives/*.deb",
     "/var/cache/debconf/*-old", "/var/lib/dpkg/*-old", "/var/cache/ldconfig/aux-cache", "/var/lib/apt/lists/*",
     "/etc/dpkg/dpkg.cfg.d/99mmdebstrap", "/etc/apt/apt.conf.d/99mmdebstrap", "/etc/apt/sources.list.d/0000*",
-    "/tmp/*", "/var/tmp/*",
+    "/tmp/*", "/var/tmp/*", "/run/lock/*",
 )  # fmt: skip
 _RECVIRT_UNITS = {
     "etc/systemd/system/recvirt-ssh-keys.service": "recvirt-ssh-keys.service",
@@ -34,8 +34,16 @@ _RECVIRT_UNITS = {
     "etc/systemd/system/recvirt-libvirt-network.service": "recvirt-libvirt-network.service",
 }
 _BASE_UNITS = ("systemd-networkd.service", "systemd-resolved.service", "fstrim.timer")
+#: Both look for LVM, which is not here, at every boot and every week.
+_UNWANTED_UNITS = ("e2scrub_reap.service", "e2scrub_all.timer")
 #: NFS version 4 needs none of these, and two of them listen on the network.
-_NFS_MASKED = ("rpcbind.service", "rpcbind.socket", "rpc-statd.service", "rpc-statd-notify.service", "nfs-blkmap.service")
+_NFS_MASKED = (
+    "rpcbind.service",
+    "rpcbind.socket",
+    "rpc-statd.service",
+    "rpc-statd-notify.service",
+    "nfs-blkmap.service",
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ _FOLDERS = ("/boot/efi", "/var/lib/recvirt", "/var/lib/recvirt/images", "/var/li
 _GROUPS_FUNCTION = [
     "need_group() { # USER GROUP",
     '    getent group "$2" >/dev/null && return',
-    "    say \"user $1: there is no group $2; no package of this profile makes it\"",
+    '    say "user $1: there is no group $2; no package of this profile makes it"',
     "    exit 1",
     "}",
 ]
@@ -82,9 +90,11 @@ def user_lines(user: User) -> list[str]:
     name, home = _Q(user.name), _Q(f"/home/{user.name}")
     groups = sorted({*user.groups, *(("sudo",) if user.sudo else ())})
     lines = [f"need_group {name} {_Q(group)}" for group in groups]
-    lines += [f'[ -x {_Q(user.shell)} ] || {{ say "user {user.name}: no shell "{_Q(user.shell)}; exit 1; }}']
+    lines += [f"[ -x {_Q(user.shell)} ] || {{ say {_Q(f'user {user.name}: no shell {user.shell}')}; exit 1; }}"]
     option = f"--groups {_Q(','.join(groups))} " if groups else ""
-    lines += [f"useradd --create-home --home-dir {home} --user-group --shell {_Q(user.shell)} {option}--password '!' -- {name}"]
+    lines += [
+        f"useradd --create-home --home-dir {home} --user-group --shell {_Q(user.shell)} {option}--password '!' -- {name}"
+    ]
     if user.ssh_keys:
         keys = " ".join(_Q(key.strip()) for key in user.ssh_keys)
         lines += [
@@ -128,6 +138,7 @@ def _unit_lines(facts: Facts, file_paths: Sequence[str]) -> list[str]:
     ours = [unit for path, unit in _RECVIRT_UNITS.items() if path in file_paths]
     masked = [*facts.root.masked, *(_NFS_MASKED if "etc/recvirt/nfs.conf" in file_paths else ())]
     lines = [f"systemctl enable {_Q(unit)}" for unit in (*_BASE_UNITS, *ours, *facts.root.services)]
+    lines += [f"systemctl disable {unit}" for unit in _UNWANTED_UNITS]
     return lines + [f"systemctl mask {_Q(unit)}" for unit in masked]
 
 
@@ -138,7 +149,6 @@ def cleanup_script() -> str:
         [
             "#!/bin/sh",
             "set -eu",
-            "userdel --help >/dev/null",
             f"for path in {patterns}; do",
             '    rm -rf -- "$path"',
             "done",
@@ -146,10 +156,15 @@ def cleanup_script() -> str:
             # "uninitialized", which would let presets decide anew which units are enabled.
             ": > /etc/machine-id",
             "chmod 444 /etc/machine-id",
-            ": > /var/log/lastlog 2>/dev/null || :",
+            # As new as /usr: the first boot need not work out again what packages have made (systemd-update-done(8)).
+            "touch -r /usr /etc/.updated /var/.updated",
             "",
         ]
     )
+
+
+#: Run inside the tree, so that no link of the tree leads out of it. Folders and links to folders that are there stay.
+_UNPACK = "-x -C / --numeric-owner --same-permissions --no-overwrite-dir --keep-directory-symlink"
 
 
 def outside_script(steps: Sequence[Step], scratch: str) -> str:
@@ -161,7 +176,7 @@ def outside_script(steps: Sequence[Step], scratch: str) -> str:
         "tree=$1",
         'say() { echo "recvirt: $*" >&2; }',
         "unpack() {",
-        '    chroot "$tree" tar -x -C / --numeric-owner --same-permissions --no-overwrite-dir --keep-directory-symlink -f - < "$1"',
+        f'    chroot "$tree" tar {_UNPACK} -f - < "$1"',
         "}",
         f'if mountpoint -q "$tree"{MOUNT_POINT}; then umount "$tree"{MOUNT_POINT}; fi',
         f'rmdir "$tree"{MOUNT_POINT}',
@@ -181,7 +196,10 @@ def outside_script(steps: Sequence[Step], scratch: str) -> str:
 
 
 #: One line a package for :func:`parse_packages`.
-DPKG_FORMAT = "${Package}\\t${Version}\\t${Architecture}\\t${source:Package}\\t${source:Version}\\t${Installed-Size}\\t${db:Status-Status}\\n"
+DPKG_FORMAT = (
+    "${Package}\\t${Version}\\t${Architecture}\\t${source:Package}\\t${source:Version}\\t${Installed-Size}\\t"
+    "${db:Status-Status}\\n"
+)
 
 
 def _step_lines(step: Step) -> list[str]:

@@ -21,7 +21,7 @@ _DEPENDS = re.compile(r"^(?:Pre-)?Depends:(?P<value>.*(?:\n[ \t].*)*)", re.MULTI
 def packages_wanted(profile: Profile, listed: Sequence[str], ours_depend_on: Sequence[str]) -> tuple[str, ...]:
     """The names to install, sorted. ``ours_depend_on`` are the dependencies of the image's own packages."""
     root = profile.root
-    names = {*listed, *root.packages, *ours_depend_on, _FILESYSTEM_PACKAGES[profile.image.filesystem]}
+    names = {"apt", *listed, *root.packages, *ours_depend_on, _FILESYSTEM_PACKAGES[profile.image.filesystem]}
     if root.locale.split(".")[0] not in ("C", "POSIX"):
         names.add("locales")
     if root.unattended_upgrades:
@@ -49,13 +49,15 @@ def depends_of(folder: Path) -> tuple[str, ...]:
 
 
 def missing_basics(profile: Profile, installed: frozenset[str]) -> list[Problem]:
-    """What a profile promises or needs, but no package of its closure brings."""
+    """What a profile promises or needs, but its packages don't bring."""
     file = f"profile {profile.name}"
     faults = [
         Problem(file, 0, "root.package_lists", f"nothing brings {name}: add the list {source}")
         for name, source in _BASICS.items()
         if name not in installed
     ]
+    if profile.root.locale.startswith(("C.", "POSIX.")) and profile.root.locale != "C.UTF-8":
+        faults.append(Problem(file, 0, "root.locale", f"{profile.root.locale} does not exist: C.UTF-8 does"))
     if profile.root.nfs is not None and "nfs-common" not in installed:
         faults.append(Problem(file, 0, "root.nfs", "nothing brings nfs-common: add the list nfs"))
     return faults

@@ -18,19 +18,18 @@ from recvirt.data import data_path, package_list_path
 from recvirt.errors import ConfigError, StageError
 from recvirt.model import Profile, Root
 from recvirt.rootfs import bootstrap, localrepo, script
-from recvirt.rootfs.check import check_root
 from recvirt.rootfs.files import IMAGE_KEYRING, Facts, TreeFile, image_sources, render_files
 from recvirt.rootfs.lists import read_lists
 from recvirt.rootfs.memory import workspace
-from recvirt.rootfs.overlay import Overlay, read_overlay, write_files_tar, write_overlay_tar
+from recvirt.rootfs.overlay import Overlay, read_overlay, write_devices_tar, write_files_tar, write_overlay_tar
 from recvirt.rootfs.selection import depends_of, missing_basics, packages_wanted
 from recvirt.stages.base import Context, Work
 from recvirt.store import FileRef, Upstream
 from recvirt.ui import format_bytes, reporter
 
 _TOOLS = ("mmdebstrap", "debootstrap", "apt", "dpkg", "tar", "coreutils", "perl-base")
-#: Unpacked before any package, because maintainer scripts read them.
-_PRESEED = ("etc/initramfs-tools/conf.d/recvirt",)
+#: Unpacked before any package, because dpkg and maintainer scripts read them.
+_PRESEED = ("etc/initramfs-tools/conf.d/recvirt", "etc/dpkg/dpkg.cfg.d/recvirt")
 #: A .deb's installed size, roughly; and room for what configuring makes.
 _UNPACKED_RATIO = 4.5
 
@@ -71,8 +70,7 @@ class RootStage:
     needs: tuple[str, ...] = ("guest_debs",)
 
     def inputs(self, profile: Profile, upstream: Mapping[str, str], context: Context) -> RootInputs:
-        """Resolve the packages and render everything. Raises ConfigError with all faults of the root section at once."""
-        check_root(profile)
+        """Resolve the packages and render everything. Raises ConfigError with all faults found."""
         root = profile.root
         listed = read_lists([package_list_path(name) for name in root.package_lists], root.suite)
         names = packages_wanted(profile, listed, depends_of(data_path("packages")))
@@ -119,7 +117,7 @@ class RootStage:
         with reporter.step(f"{inputs.bootstrapper} {inputs.suite}"):
             run_bootstrap(inputs, work, repo, epoch, [*inputs.names, *ours])
         installed = script.parse_packages((work.scratch / "packages.tsv").read_text())
-        check_installed(inputs, debs, installed)
+        check_installed(debs, installed)
         (work.out / "packages.json").write_text(json.dumps(installed, indent=1) + "\n")
 
 
@@ -155,6 +153,7 @@ def prepare(inputs: RootInputs, scratch: Path, epoch: int) -> None:
     """Write what the outside script needs into ``scratch``."""
     write_files_tar(inputs.files, scratch / "files.tar", epoch)
     write_files_tar([file for file in inputs.files if file.path in _PRESEED], scratch / "preseed.tar", epoch)
+    write_devices_tar(scratch / "devices.tar", epoch)
     steps = []
     for i, overlay in enumerate(inputs.overlays):
         path = scratch / f"overlay-{i}.tar"
@@ -175,10 +174,7 @@ def prepare(inputs: RootInputs, scratch: Path, epoch: int) -> None:
 def run_bootstrap(inputs: RootInputs, work: Work, repo: Path, epoch: int, names: list[str]) -> None:
     """Bootstrap into ``root.tar``."""
     dpkg_cfg = next(file.data.decode() for file in inputs.files if file.path == "etc/dpkg/dpkg.cfg.d/recvirt")
-    argv = bootstrap.mmdebstrap_argv(
-        suite=inputs.suite, names=names, dpkg_cfg=dpkg_cfg, scratch=str(work.scratch), tar_path=str(work.out / "root.tar"),
-        preseed_tar=str(work.scratch / "preseed.tar"),
-    )  # fmt: skip
+    argv = _bootstrap_argv(inputs, work, epoch, names, dpkg_cfg)
     total = len(inputs.packages)
     need = int(sum(package.size_bytes for package in inputs.packages) * _UNPACKED_RATIO)
     tree_dir, in_memory = workspace(need, work.scratch)
@@ -194,7 +190,23 @@ def run_bootstrap(inputs: RootInputs, work: Work, repo: Path, epoch: int, names:
     )
 
 
-def check_installed(inputs: RootInputs, debs: list[localrepo.Deb], installed: list[dict[str, object]]) -> None:
+def _bootstrap_argv(inputs: RootInputs, work: Work, epoch: int, names: list[str], dpkg_cfg: str) -> list[str]:
+    scratch, tar_path = str(work.scratch), str(work.out / "root.tar")
+    preseed_tar = f"{scratch}/preseed.tar"
+    if inputs.bootstrapper == "mmdebstrap":
+        return bootstrap.mmdebstrap_argv(
+            suite=inputs.suite, names=names, dpkg_cfg=dpkg_cfg, scratch=scratch, tar_path=tar_path,
+            preseed_tar=preseed_tar,
+        )  # fmt: skip
+    text = bootstrap.debootstrap_script(
+        suite=inputs.suite, names=names, dpkg_cfg=dpkg_cfg, scratch=scratch, tar_path=tar_path, preseed_tar=preseed_tar,
+        epoch=epoch,
+    )  # fmt: skip
+    (work.scratch / "debootstrap.sh").write_text(text)
+    return ["sh", f"{scratch}/debootstrap.sh"]
+
+
+def check_installed(debs: list[localrepo.Deb], installed: list[dict[str, object]]) -> None:
     """Compare what dpkg has with what was resolved: the key promised exactly that."""
     has = {(item["name"], item["version"]) for item in installed}
     wanted = {(deb.control_field("Package"), deb.control_field("Version")) for deb in debs}
