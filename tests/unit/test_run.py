@@ -42,9 +42,11 @@ def test_output_is_captured_apart() -> None:
     assert (done.status, done.stdout, done.stderr) == (0, "out\n", "err\n")
 
 
-def test_a_failure_is_blamed_with_what_the_program_said_last() -> None:
+@pytest.mark.parametrize("logged", [True, False])
+def test_a_failure_is_blamed_with_what_the_program_said_last(tmp_path: Path, logged: bool) -> None:
+    script = "for i in $(seq 50); do echo line $i >&2; done; exit 3"
     with pytest.raises(CommandError) as caught:
-        sh("for i in $(seq 50); do echo line $i >&2; done; exit 3", hint="try again")
+        sh(script, hint="try again", log_path=tmp_path / "log" if logged else None)
     error = caught.value
     assert error.status == 3
     assert error.last_lines[-1] == "line 50"
