@@ -1,0 +1,178 @@
+"""Bytes and texts of the formats: VHD footer, VMDK identifier, OVA; and the command lines."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+import tarfile
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from recvirt.disk import filesystem, formats, ova
+from recvirt.disk.layout import MIB, derived_uuid, plan_layout
+from recvirt.disk.sparse import allocated_bytes, copy_range, copy_sparse
+from recvirt.errors import StageError
+
+OVF = {"o": "http://schemas.dmtf.org/ovf/envelope/1", "v": "http://www.vmware.com/schema/ovf"}
+
+
+def test_a_vhd_footer_adds_up_and_says_fixed() -> None:
+    footer = formats.vhd_footer(3 * MIB, derived_uuid("s", "vhd"), 1_700_000_000)
+    assert len(footer) == 512
+    assert footer.startswith(b"conectix")
+    assert struct.unpack_from(">QQ", footer, 40) == (3 * MIB, 3 * MIB)
+    assert struct.unpack_from(">I", footer, 60) == (2,)
+    stored = struct.unpack_from(">I", footer, 64)[0]
+    assert stored == ~sum(footer[:64] + bytes(4) + footer[68:]) & 0xFFFFFFFF
+    assert struct.unpack_from(">I", footer, 24) == (1_700_000_000 - 946_684_800,)
+    assert footer[68:84] == derived_uuid("s", "vhd").bytes
+
+
+def test_a_vhd_of_odd_size_is_refused() -> None:
+    with pytest.raises(StageError, match="MiB"):
+        formats.vhd_footer(3 * MIB + 512, derived_uuid("s", "vhd"), 0)
+
+
+def test_the_vmdk_identifier_is_replaced_in_place() -> None:
+    text = b'version=1\nCID=deadbeef\nparentCID=ffffffff\ncreateType="x"\n'
+    stream = io.BytesIO(b"KDMV" + bytes(508) + text + bytes(99))
+    size = len(stream.getvalue())
+    formats.patch_vmdk(stream, derived_uuid("s", "vmdk"))
+    data = stream.getvalue()
+    assert len(data) == size
+    assert b"CID=deadbeef" not in data
+    assert b"\nparentCID=ffffffff\n" in data
+    again = io.BytesIO(data)
+    formats.patch_vmdk(again, derived_uuid("s", "vmdk"))
+    assert again.getvalue() == data
+
+
+def test_a_vmdk_without_an_identifier_is_refused() -> None:
+    with pytest.raises(StageError, match="content identifier"):
+        formats.patch_vmdk(io.BytesIO(bytes(1000)), derived_uuid("s", "vmdk"))
+
+
+def test_qcow2_clusters_are_written_in_order() -> None:
+    argv = formats.qcow2_argv(Path("/a"), Path("/b"))
+    assert "compression_type=zstd" in argv
+    assert "-W" not in argv, "out-of-order writes would change the bytes from build to build"
+
+
+def test_more_formats_need_more_room() -> None:
+    one = formats.needed_bytes(1000, ("qcow2",))
+    assert one < formats.needed_bytes(1000, ("qcow2", "raw"))
+    assert one > 1000
+    assert formats.needed_bytes(1000, tuple(formats.FILE_NAMES)) > 4000
+
+
+def machine() -> ova.Machine:
+    return ova.Machine("recvirt-<x>", "Debian & more", 4 * 1024 * MIB, 1234)
+
+
+def test_the_ovf_turns_nesting_on_and_names_the_disk() -> None:
+    root = ET.fromstring(ova.descriptor(machine(), "d.vmdk"))
+    extra = root.find(".//v:ExtraConfig", OVF)
+    assert extra is not None
+    assert extra.attrib[f"{{{OVF['v']}}}key"] == "vhv.enable"
+    assert extra.attrib[f"{{{OVF['v']}}}value"] == "TRUE"
+    disk = root.find(".//o:Disk", OVF)
+    assert disk is not None and disk.attrib[f"{{{OVF['o']}}}capacity"] == "4096"
+    file = root.find(".//o:File", OVF)
+    assert file is not None and file.attrib[f"{{{OVF['o']}}}size"] == "1234"
+    name = root.find(".//o:Name", OVF)
+    assert name is not None and name.text == "recvirt-<x>", "names are escaped"
+
+
+def test_items_of_the_ovf_are_in_the_schema_s_order() -> None:
+    root = ET.fromstring(ova.descriptor(machine(), "d.vmdk"))
+    for item in root.iterfind(".//o:Item", OVF):
+        names = [child.tag.split("}")[1] for child in item]
+        assert names == sorted(names)
+
+
+def test_an_ova_begins_with_its_descriptor_and_its_manifest_holds(tmp_path: Path) -> None:
+    vmdk = tmp_path / "disk.vmdk"
+    vmdk.write_bytes(b"disk")
+    for name in ("one", "two"):
+        ova.write_ova(tmp_path / name, "vm", "<ovf/>", vmdk, 1000)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    with tarfile.open(tmp_path / "one") as archive:
+        assert archive.getnames() == ["vm.ovf", "vm.mf", "vm-disk1.vmdk"]
+        stream = archive.extractfile("vm.mf")
+        assert stream is not None
+        manifest = stream.read().decode()
+    assert f"SHA256(vm-disk1.vmdk)= {hashlib.sha256(b'disk').hexdigest()}\n" in manifest
+    assert f"SHA256(vm.ovf)= {hashlib.sha256(b'<ovf/>').hexdigest()}\n" in manifest
+
+
+def test_holes_are_copied_as_holes(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    with source.open("wb") as stream:
+        stream.truncate(64 * MIB)
+        stream.seek(32 * MIB)
+        stream.write(b"data")
+    copy_sparse(source, target)
+    assert target.stat().st_size == 64 * MIB
+    assert allocated_bytes(target) < MIB
+    with target.open("rb") as stream:
+        stream.seek(32 * MIB)
+        assert stream.read(5) == b"data\0"
+
+
+def test_a_copy_lands_at_its_offset_and_leaves_the_rest(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(b"mid")
+    target.write_bytes(b"0123456789")
+    copy_sparse(source, target, target_offset=4, truncate=False)
+    assert target.read_bytes() == b"0123mid789"
+    copy_range(target, 4, 3, tmp_path / "c")
+    assert (tmp_path / "c").read_bytes() == b"mid"
+
+
+def test_a_range_ends_before_data_that_lies_behind_it(tmp_path: Path) -> None:
+    source = tmp_path / "a"
+    with source.open("wb") as stream:
+        stream.truncate(8 * MIB)
+        stream.seek(6 * MIB)
+        stream.write(b"behind")
+    copy_range(source, MIB, 2 * MIB, tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == bytes(2 * MIB)
+
+
+@pytest.mark.parametrize(("esp", "bits"), [(64, "32"), (16, "16")])
+def test_the_esp_is_as_wide_as_its_size_allows(esp: int, bits: str) -> None:
+    layout = plan_layout(512 * MIB, esp * MIB, "s")
+    argv = filesystem.mkfs_esp_argv(Path("/disk"), layout)
+    assert argv[argv.index("-F") + 1] == bits
+    assert argv[argv.index("--offset") + 1] == str(2 * MIB // 512)
+    assert argv[-1] == str(esp * 1024)
+
+
+def test_ext4_is_written_at_the_root_s_place_with_fixed_identifiers() -> None:
+    layout = plan_layout(512 * MIB, 64 * MIB, "s")
+    argv = filesystem.mkfs_ext4_argv(Path("/disk"), layout, "-")
+    options = argv[argv.index("-E") + 1].split(",")
+    assert f"offset={layout.root.offset_bytes}" in options
+    assert f"hash_seed={layout.hash_seed}" in options
+    assert argv[argv.index("-U") + 1] == str(layout.root_fs_uuid)
+    assert argv[-1] == f"{layout.root.size_bytes // 1024}k"
+
+
+def test_xfs_times_are_written_as_nanoseconds_since_1901() -> None:
+    text = "       131 etc/.\n       132 etc/passwd\nblah\n"
+    commands = filesystem.xfs_time_commands(text, {"etc/passwd": 1_000_000_000}, 500)
+    assert commands.splitlines() == [
+        "inode 131",
+        f"write core.mtime.sec {(500 + 2**31) * 10**9}",
+        "inode 132",
+        f"write core.mtime.sec {(1_000_000_000 + 2**31) * 10**9}",
+        "quit",
+    ]
+
+
+def test_a_tree_needs_more_than_its_data() -> None:
+    for kind in ("ext4", "xfs", "btrfs"):
+        assert filesystem.least_root_bytes(100 * MIB, 1000, kind) > 150 * MIB
