@@ -1,7 +1,8 @@
 """The only user of :mod:`subprocess`. Owns how programs are started, logged, ended and blamed.
 
 Every child gets a minimal environment, a closed stdin, its own session, and dies with recvirt
-(``setpriv --pdeathsig``: prctl(2), PR_SET_PDEATHSIG), so that a killed build leaves no process behind.
+(``setpriv --pdeathsig``: prctl(2), PR_SET_PDEATHSIG). What a child starts in turn ends with it where it runs in a PID
+namespace, as the sandbox and the bootstrapper do: so a killed build leaves no process behind.
 """
 
 from __future__ import annotations
