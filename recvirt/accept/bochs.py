@@ -73,14 +73,17 @@ def run_vmx_check(
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    kernel, initramfs, release = _unpack(tools, kernel_deb.absolute(), nested_check_deb.absolute(), folder)
     nonce = secrets.token_hex(8)
-    disk = _make_disk(tools, kernel, initramfs, grub_config(nonce), folder)
-    (folder / "bochsrc").write_text(bochs_config(folder, disk.stat().st_size))
-    with reporter.step(f"Linux {release} on Bochs ({CPU_MODEL})"):
-        seconds = _run(tools, folder, timeout_seconds)
-    shutil.rmtree(folder / "tree")
-    disk.unlink()
+    try:
+        kernel, initramfs, release = _unpack(tools, kernel_deb.absolute(), nested_check_deb.absolute(), folder)
+        disk = _make_disk(tools, kernel, initramfs, grub_config(nonce), folder)
+        (folder / "bochsrc").write_text(bochs_config(disk.stat().st_size))
+        with reporter.step(f"Linux {release} on Bochs ({CPU_MODEL})"):
+            seconds = _run(tools, folder, timeout_seconds)
+    finally:
+        # What was said stays; what it was said by is large and comes from elsewhere.
+        shutil.rmtree(folder / "tree", ignore_errors=True)
+        (folder / "disk.img").unlink(missing_ok=True)
     console = folder / "console.txt"
     return read_console(console.read_text(errors="replace"), nonce, seconds=seconds, release=release, path=console)
 
@@ -99,10 +102,11 @@ def grub_config(nonce: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def bochs_config(folder: Path, disk_bytes: int) -> str:
+def bochs_config(disk_bytes: int) -> str:
     """A bochsrc(5): one processor with VMX, a disk, the serial port into a file, and no need for a terminal.
 
-    ``rfb`` is a screen that nobody looks at, in the sandbox's own network namespace.
+    ``rfb`` is a screen that nobody looks at, in the sandbox's own network namespace. Paths are relative to the folder
+    that Bochs runs in: a comma in an absolute one would end it.
     """
     cylinders = disk_bytes // (_HEADS * _SECTORS_PER_TRACK * _SECTOR)
     lines = (
@@ -114,16 +118,16 @@ def bochs_config(folder: Path, disk_bytes: int) -> str:
         f"cpu: model={CPU_MODEL}, count=1, ips=100000000, reset_on_triple_fault=0, ignore_bad_msrs=1",
         f"memory: guest={MEMORY_MIB}, host={MEMORY_MIB}",
         "ata0: enabled=1, ioaddr1=0x1f0, ioaddr2=0x3f0, irq=14",
-        f"ata0-master: type=disk, path={folder}/disk.img, mode=flat, "
+        "ata0-master: type=disk, path=disk.img, mode=flat, "
         f"cylinders={cylinders}, heads={_HEADS}, spt={_SECTORS_PER_TRACK}",
         "boot: disk",
-        f"com1: enabled=1, mode=file, dev={folder}/console.txt",
+        "com1: enabled=1, mode=file, dev=console.txt",
         "clock: sync=none, time0=utc",
         # Switching the power off is a panic for Bochs: fatal ends it.
         "panic: action=fatal",
         "error: action=ignore",
         "info: action=ignore",
-        f"log: {folder}/bochs.log",
+        "log: bochs.log",
     )
     return "\n".join(lines) + "\n"
 
@@ -204,7 +208,7 @@ def _run(tools: ToolsRoot, folder: Path, timeout_seconds: float) -> float:
     console.write_bytes(b"")
     started = time.monotonic()
     with (folder / "bochs.out").open("wb") as output:
-        argv = tools.argv(["bochs-bin", "-q", "-f", str(folder / "bochsrc")], writable=[folder])
+        argv = tools.argv(["bochs-bin", "-q", "-f", "bochsrc"], writable=[folder], cwd=folder)
         process = start(argv, stdout=output.fileno())
         try:
             while True:

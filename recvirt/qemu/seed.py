@@ -70,7 +70,7 @@ def pack_seed(tools: ToolsRoot, folder: Path) -> Path:
     user_data, meta_data = folder / "user-data", folder / "meta-data"
     with seed.open("wb") as stream:
         stream.truncate(_SEED_BYTES)
-    sectors = str(_SEED_BYTES // 512)
-    script = 'mformat -i "$1" -v CIDATA -T "$2" -h 2 -s 32 -d 1 :: && mcopy -i "$1" "$3" "$4" ::'
-    tools.run(["sh", "-c", script, "sh", str(seed), sectors, str(user_data), str(meta_data)], writable=[folder])
+    # mtools' own mformat leaves what looks like a partition table: the kernel would show a partition of the same label.
+    script = 'mkfs.vfat -n CIDATA "$1" >/dev/null && mcopy -i "$1" "$2" "$3" ::'
+    tools.run(["sh", "-c", script, "sh", str(seed), str(user_data), str(meta_data)], writable=[folder])
     return seed

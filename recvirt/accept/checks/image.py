@@ -68,12 +68,3 @@ def copies_differ_in_host_keys(acceptance: Acceptance) -> str:
     if shared:
         raise Failed(f"both copies have the SSH host keys {', '.join(sorted(shared))}")
     return f"{len(one.split())} and {len(two.split())} keys, none shared"
-
-
-@check("copies-differ-in-random-seed", "pair")
-def copies_differ_in_random_seed(acceptance: Acceptance) -> str:
-    """Two copies of the image do not start from the same saved random seed"""
-    one, two = _both(acceptance, "random-seed")
-    if one == two != "none":
-        raise Failed("both copies hold the same /var/lib/systemd/random-seed")
-    return "different, or none"

@@ -12,7 +12,8 @@ _APT = "apt-get -q -o DPkg::Lock::Timeout=120 -o Acquire::Retries=1 -o Acquire::
 @check("apt-upgrade", "second")
 def apt_upgrade(guest: Guest) -> str:
     """apt update and upgrade work inside the image, where the archive can be reached"""
-    uris = guest.out("apt-get indextargets --format '$(SITE)' | sort -u").split()
+    printed = guest.out("apt-get -qq --print-uris update")
+    uris = [word.strip("'") for word in printed.split() if word.startswith("'")]
     if not uris:
         raise Failed("the image has no package sources")
     hosts = {uri.split("/")[2].split(":")[0] for uri in uris if uri.startswith(("http://", "https://"))}
@@ -32,4 +33,4 @@ def apt_upgrade(guest: Guest) -> str:
     left = guest.out("apt-get -s -q upgrade | grep -c '^Inst ' || :")
     if left != "0":
         raise Failed(f"{left} packages are still to be upgraded")
-    return f"{len(uris)} sites; nothing left to upgrade"
+    return f"{len(uris)} sources; nothing left to upgrade"

@@ -136,12 +136,10 @@ def setuid_files(guest: Guest) -> str:
     """Every setuid or setgid program comes from a package"""
     command = "find / -xdev -type f \\( -perm -4000 -o -perm -2000 \\) -perm /111 -print 2>/dev/null | sort"
     files = guest.out(command, seconds=120).splitlines()
-    strays = []
-    for path in files:
-        # Since the merge of /bin into /usr/bin, packages may know a file by its old name.
-        names = f"{path} {path.removeprefix('/usr')}"
-        if guest.run(f"dpkg -S {names} 2>/dev/null | grep -q .").status != 0:
-            strays.append(path)
+    names = "|".join(sorted({re.escape(path.rsplit("/", 1)[-1]) for path in files}))
+    owned = set(guest.out(f"cat /var/lib/dpkg/info/*.list | grep -E '/({names})$' || :").splitlines())
+    # Since the merge of /bin into /usr/bin, packages may know a file by its old name.
+    strays = [path for path in files if path not in owned and path.removeprefix("/usr") not in owned]
     if strays:
         raise Failed(f"not of a package: {', '.join(strays)}")
     return f"{len(files)} files"
@@ -154,8 +152,11 @@ def world_writable(guest: Guest) -> str:
         "find / -xdev \\( -type f -o -type d \\) -perm -0002 ! -perm -1000 2>/dev/null || :",
         seconds=120,
     )
-    if found:
-        raise Failed(f"writable by everyone: {', '.join(found.splitlines()[:10])}")
+    # The mode of a mount point is that of what is mounted there, say the NFS server's.
+    mounted = set(guest.out("findmnt -r -n -o TARGET").splitlines())
+    strays = [path for path in found.splitlines() if path not in mounted]
+    if strays:
+        raise Failed(f"writable by everyone: {', '.join(strays[:10])}")
     return "none"
 
 

@@ -1,0 +1,141 @@
+"""For every check an image that it rejects: none of them passes whatever it is shown.
+
+Many faults go into one image, so that a few boots show all of them; each check must name its own.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recvirt.accept import Options, run_acceptance, select
+from recvirt.accept.promise import promises_of
+from recvirt.accept.registry import OPTIONAL_SCENES, all_checks
+from recvirt.accept.results import CheckResult
+from recvirt.errors import AcceptanceError
+from recvirt.model import Profile
+from recvirt.qemu import make_overlay
+from recvirt.sandbox import ToolsRoot
+from tests.acceptance.spoilt import BROKEN_PROMISES, ELSEWHERE, FEW, MANY, spoil
+from tests.support.spoil import SpoiltImage
+
+Results = dict[str, CheckResult]
+
+
+def results_of(
+    path: Path, profile: Profile, tools: ToolsRoot, out: Path, names: tuple[str, ...], **promised: Any
+) -> Results:
+    """Run checks on an image that must be rejected; the results by name."""
+    import json
+
+    promises = promised.pop("promises")
+    with pytest.raises(AcceptanceError):
+        run_acceptance(path, profile, tools, out, promises=promises, options=Options(checks=names))
+    data = json.loads((out / "report.json").read_text())
+    return {item["name"]: CheckResult(**item) for item in data["results"]}
+
+
+def rejected(results: Results, name: str, words: str) -> None:
+    result = results[name]
+    if result.outcome == "skipped":
+        pytest.skip(f"{name}: {result.detail}")
+    assert result.outcome == "failed", f"{name} {result.outcome}: {result.detail}"
+    assert re.search(words, result.detail, re.DOTALL), result.detail
+
+
+@pytest.fixture(scope="session")
+def few(image: Path, profile: Profile, tools: ToolsRoot, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """One image with the faults that one boot finds."""
+    folder = tmp_path_factory.mktemp("few")
+    path = spoil(SpoiltImage(tools, image, folder), FEW)
+    names = ("boots-on-bios", *(mutant.check for mutant in FEW))
+    return results_of(path, profile, tools, folder / "out", names, promises=promises_of(profile, image.parent))
+
+
+@pytest.fixture(scope="session")
+def many(image: Path, profile: Profile, tools: ToolsRoot, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """One image with all other faults, measured by a profile that promises too much."""
+    folder = tmp_path_factory.mktemp("many")
+    path = spoil(SpoiltImage(tools, image, folder), (*FEW, *MANY))
+    promises = promises_of(profile, image.parent)
+    config = (promises.kernel_config or "CONFIG_KVM=m\n").replace("CONFIG_KVM=m\n", "CONFIG_KVM=y\n")
+    promises = type(promises)(promises.packages, config, {"kernel": {"release": "0.0.0-absent"}})
+    more = {
+        "users": [{"name": "eve", "groups": ["sudo"]}], "modules": ["pcspkr_absent"],
+        "sysctl": {"vm.swappiness": "7"}, "services": ["absent.service"],
+    }  # fmt: skip
+    root = profile.root.model_dump(mode="json") | more
+    greedy = Profile.model_validate(profile.model_dump(mode="json") | {"root": root}, strict=False)
+    names = tuple(item.name for item in select((), ()) if item.name not in ELSEWHERE)
+    return results_of(path, greedy, tools, folder / "out", names, promises=promises)
+
+
+def test_every_check_has_a_spoilt_image() -> None:
+    ordinary = {item.name for item in all_checks() if item.scene not in OPTIONAL_SCENES}
+    covered = {mutant.check for mutant in (*FEW, *MANY)} | set(BROKEN_PROMISES) | ELSEWHERE
+    assert covered == ordinary
+
+
+@pytest.mark.few
+@pytest.mark.parametrize("mutant", FEW, ids=lambda mutant: mutant.check)
+def test_one_boot_rejects(few: Results, mutant: Any) -> None:
+    assert few["boots-on-bios"].outcome == "passed", few["boots-on-bios"].detail
+    rejected(few, mutant.check, mutant.words)
+
+
+@pytest.mark.parametrize("mutant", MANY, ids=lambda mutant: mutant.check)
+def test_all_scenes_reject(many: Results, mutant: Any) -> None:
+    rejected(many, mutant.check, mutant.words)
+
+
+@pytest.mark.parametrize(("name", "words"), BROKEN_PROMISES.items())
+def test_a_promise_that_is_not_kept_is_found(many: Results, name: str, words: str) -> None:
+    rejected(many, name, words)
+
+
+def test_an_image_that_does_not_boot_is_rejected_on_each_firmware(
+    image: Path, profile: Profile, tools: ToolsRoot, tmp_path: Path
+) -> None:
+    spoilt = SpoiltImage(tools, image, tmp_path)
+    # The boot code of the BIOS (the partition table behind it stays), and the one program of the ESP.
+    spoilt.zero(0, 440)
+    esp = f"{spoilt.path}@@{spoilt.esp_offset}"
+    tools.run(["mdel", "-i", esp, "::/EFI/BOOT/BOOTX64.EFI"], writable=[tmp_path])
+    hasty = profile.model_copy(update={"accept": profile.accept.model_copy(update={"boot_seconds": 15})})
+    names = ("boots-on-bios", "boots-on-uefi", "no-failed-unit", "hostname")
+    found = results_of(spoilt.path, hasty, tools, tmp_path / "out", names, promises=promises_of(profile, image.parent))
+    for name in ("boots-on-bios", "boots-on-uefi"):
+        rejected(found, name, "an SSH login as rvtest did not come")
+    assert {found[name].outcome for name in ("no-failed-unit", "hostname")} == {"not-run"}
+
+
+@pytest.mark.few
+def test_an_image_that_is_not_whole_is_rejected(
+    image: Path, profile: Profile, tools: ToolsRoot, tmp_path: Path
+) -> None:
+    promises = promises_of(profile, image.parent)
+    overlay = make_overlay(tools, image, image.parent / f"overlay-{tmp_path.name}.qcow2")
+    try:
+        # Beside its backing file, so that the sandbox shows both.
+        found = results_of(overlay, profile, tools, tmp_path / "a", ("image-self-contained",), promises=promises)
+    finally:
+        overlay.unlink()
+    rejected(found, "image-self-contained", "a backing file")
+    damaged = tmp_path / "damaged.qcow2"
+    shutil.copyfile(image, damaged)
+    damaged.chmod(0o644)
+    with damaged.open("r+b") as stream:
+        # The first refcount block says how often each cluster is used (qcow2's specification): none, it says now.
+        stream.seek(48)
+        (table,) = struct.unpack(">Q", stream.read(8))
+        stream.seek(table)
+        (block,) = struct.unpack(">Q", stream.read(8))
+        stream.seek(block)
+        stream.write(b"\0" * 64)
+    found = results_of(damaged, profile, tools, tmp_path / "b", ("image-clean",), promises=promises)
+    rejected(found, "image-clean", "qemu-img check")
