@@ -43,8 +43,8 @@ MODE_LINE = re.compile(r"^([0-7]{3,4})\s+([^/\s]\S*)$")
 PROGRAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "recvirt-nested-check": {
         "usr/bin/recvirt-nested-check": (
-            "main.c", "util.c", "cpuid.c", "facts.c", "l2.c", "guest.S", "hints.c", "verdict.c", "report.c",
-            "initramfs.c",
+            "main.c", "util.c", "cpuid.c", "facts.c", "device.c", "l2.c", "guest.S", "hints.c", "verdict.c",
+            "report.c", "initramfs.c",
         ),
         "usr/lib/recvirt/l2-init": ("init.c", "util.c", "cpuid.c"),
     }

@@ -85,7 +85,7 @@ const struct module *vendor_module(const struct facts *facts); /* kvm_intel or k
 const char *parameter_value(const struct module *module, const char *name); /* "" when unknown */
 tri feature_present(const struct facts *facts, const char *name);
 
-/* l2.c */
+/* device.c */
 enum device_state { DEVICE_USABLE, DEVICE_ABSENT, DEVICE_NO_PERMISSION, DEVICE_UNUSABLE, DEVICE_NOT_TRIED };
 struct device {
     enum device_state state;
@@ -94,6 +94,9 @@ struct device {
     char error[160];
 };
 
+void probe_device(struct device *device, unsigned timeout_seconds);
+
+/* l2.c */
 enum l2_state { L2_SKIPPED, L2_PROVED, L2_EMULATED, L2_FAILED, L2_TIMEOUT };
 struct counters {
     int64_t exits, io_exits, mmio_exits, halt_exits; /* -1: this kernel does not tell */
@@ -109,7 +112,6 @@ struct l2_result {
     char step[64]; /* what was under way last */
     char error[200];
 };
-void probe_device(struct device *device, unsigned timeout_seconds);
 void run_l2(struct l2_result *result, bool long_mode, uint32_t rounds, unsigned timeout_seconds);
 
 /* hints.c */
