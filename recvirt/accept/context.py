@@ -63,6 +63,7 @@ class Acceptance:
     key: Path
     options: Options = field(default_factory=Options)
     extra_tools: dict[str, ToolsRoot] = field(default_factory=dict)
+    debs: dict[str, Path] = field(default_factory=dict)
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     measures: dict[str, Any] = field(default_factory=dict)
     results: list[CheckResult] = field(default_factory=list)

@@ -44,6 +44,7 @@ _MODULES = (
     "lifecycle",
     "deeper",
     "matrix",
+    "vmx",
 )
 
 

@@ -13,6 +13,7 @@ from recvirt.errors import ConfigError, RecvirtError
 
 if TYPE_CHECKING:
     from recvirt.model import Profile
+    from recvirt.sandbox import ToolsRoot
 
 _memory_option = click.option("--memory", metavar="SIZE", help="Memory of the VM, as 4G.  [default: the profile's]")
 _cpus_option = click.option("--cpus", type=click.IntRange(1, 64), help="Virtual CPUs.  [default: the profile's]")
@@ -92,12 +93,28 @@ def test(
 
     folder = out or app.build_dir.absolute() / profile.name / "acceptance"
     promises = promises_of(profile, image.parent)
-    extra = {"bochs": app.tools("bochs")} if "vmx" in {item.scene for item in select(names, options.scenes)} else {}
+    extra, debs = _for_vmx(app, profile) if "vmx" in {c.scene for c in select(names, options.scenes)} else ({}, {})
     try:
-        run_acceptance(image, profile, app.tools(), folder, promises=promises, options=options, extra_tools=extra)
+        run_acceptance(
+            image, profile, app.tools(), folder, promises=promises, options=options, extra_tools=extra, debs=debs
+        )
     finally:
         if as_json and (folder / "report.json").exists():
             click.echo((folder / "report.json").read_text(), nl=False)
+
+
+def _for_vmx(app: App, profile: Profile) -> tuple[dict[str, ToolsRoot], dict[str, Path]]:
+    """Bochs, and the packages of the cache that its check boots."""
+    from recvirt import pipeline
+
+    planned = pipeline.plan(profile, app.store, app.context(offline=True))
+    folders = {item.stage.name: item.output.directory for item in planned if item.output}
+    debs = {}
+    if "kernel_build" in folders:
+        debs["kernel"] = folders["kernel_build"] / "linux-image.deb"
+    if "guest_debs" in folders:
+        debs["nested-check"] = folders["guest_debs"] / "recvirt-nested-check.deb"
+    return {"bochs": app.tools("bochs")}, debs
 
 
 def _print_list(options: object, as_json: bool) -> None:
