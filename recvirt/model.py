@@ -134,8 +134,8 @@ class Allowance(Model):
 
     symbol: Symbol = Field(description="the symbol's name, without CONFIG_")
     reason: str = Field(min_length=8, description="why the difference is right")
-    since: str | None = Field(default=None, pattern=_VERSION, description="first kernel version that it holds for")
-    until: str | None = Field(default=None, pattern=_VERSION, description="last kernel version that it holds for")
+    since: str | None = Field(default=None, pattern=_VERSION, description="first version that it holds for")
+    until: str | None = Field(default=None, pattern=_VERSION, description="first version that it no longer holds for")
 
 
 class KernelPackage(Model):
