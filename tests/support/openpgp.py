@@ -131,3 +131,7 @@ class Key:
         escaped = [f"- {line}" if line.startswith("-") else line for line in lines]
         head = ["-----BEGIN PGP SIGNED MESSAGE-----", "Hash: SHA512", ""]
         return "\n".join([*head, *escaped, ""]) + _armor("SIGNATURE", signature)
+
+    def detached(self, data: bytes) -> bytes:
+        """A binary detached signature over ``data``, armored, as kernel releases have them."""
+        return _armor("SIGNATURE", self._signature(0x00, int(time.time()) - 1, data)).encode()

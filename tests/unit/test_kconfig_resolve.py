@@ -151,7 +151,8 @@ def test_explaining_says_who_asked_and_what_is_missing(
     told = report_of(fragment, merged, losses)
     text = "\n".join(explain_lines(explain("CONFIG_USB_DISK", parse_dotconfig(ANSWER), told, index)))
     for words in (
-        "CONFIG_USB_DISK=n", "asked by 50-t.config:5", "The reason.", "depends on HAVE_BUS && USB && (BLOCK || !MMU)  [n]",
+        "CONFIG_USB_DISK=n", "asked by 50-t.config:5", "The reason.",
+        "depends on HAVE_BUS && USB && (BLOCK || !MMU)  [n]",
         "not met: HAVE_BUS; USB", "unmet dependency", 'tristate "Disks on USB", drivers/Kconfig:12',
     ):  # fmt: skip
         assert words in text, (words, text)
@@ -173,7 +174,8 @@ def test_a_stock_kernel_is_compared_without_being_refused(merged: Merged) -> Non
         loss.symbol: loss.kind for loss in audit_losses(merged, parse_dotconfig("CONFIG_BLOCK=m\nCONFIG_USB_DISK=y\n"))
     }
     assert found == {
-        "BLOCK": "module instead of built in", "USB_DISK": "built in instead of module", "HZ_100": "missing", "NR": "missing",
+        "BLOCK": "module instead of built in", "USB_DISK": "built in instead of module",
+        "HZ_100": "missing", "NR": "missing",
     }  # fmt: skip
     assert {loss.symbol: loss.kind for loss in audit_losses(merged, {"CRC": "m"})}["CRC"] == "on"
 
