@@ -8,6 +8,7 @@ import time
 import click
 
 from recvirt.cli import App, pass_app
+from recvirt.cli.completion import complete_target
 from recvirt.ui import format_bytes, format_seconds, reporter
 
 _set_option = click.option(
@@ -19,7 +20,7 @@ _offline_option = click.option("--offline", is_flag=True, help="Use only what th
 
 
 @click.command()
-@click.argument("profile", default="default")
+@click.argument("profile", default="default", shell_complete=complete_target)
 @_set_option
 @_until_option
 @_offline_option
@@ -47,7 +48,7 @@ def plan(app: App, profile: str, overrides: tuple[str, ...], until: str | None, 
 
 
 @click.command()
-@click.argument("profile", default="default")
+@click.argument("profile", default="default", shell_complete=complete_target)
 @_set_option
 @_until_option
 @_offline_option

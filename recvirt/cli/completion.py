@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import click
-from click.shell_completion import get_completion_class
+from click.shell_completion import CompletionItem, get_completion_class
 
 _WHERE = {
     "bash": "~/.local/share/bash-completion/completions/recvirt",
@@ -13,10 +13,16 @@ _WHERE = {
 
 
 def complete_profile(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
-    """The names of profiles that begin with what was typed; a path is left to the shell."""
+    """The names of profiles that begin with what was typed."""
     from recvirt.profile import profile_names
 
     return [name for name in profile_names() if name.startswith(incomplete)]
+
+
+def complete_target(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """A profile's name, or a file."""
+    names = [CompletionItem(name) for name in complete_profile(ctx, param, incomplete)]
+    return names or [CompletionItem(incomplete, type="file")]
 
 
 @click.command()

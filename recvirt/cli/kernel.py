@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from recvirt.cli import App, pass_app
+from recvirt.cli.completion import complete_target
 
 if TYPE_CHECKING:
     from recvirt.kconfig.symbols import Index
@@ -77,7 +78,7 @@ def kernel() -> None:
 
 
 @kernel.command()
-@click.argument("profile", default="default")
+@click.argument("profile", default="default", shell_complete=complete_target)
 @_set_option
 @_offline_option
 @click.option("--where", is_flag=True, help="Print the path of the file instead of its text.")
@@ -102,7 +103,7 @@ def config(app: App, profile: str, overrides: tuple[str, ...], offline: bool, wh
 
 @kernel.command()
 @click.argument("symbol")
-@click.argument("profile", default="default")
+@click.argument("profile", default="default", shell_complete=complete_target)
 @_set_option
 @_offline_option
 @_json_option
@@ -161,7 +162,7 @@ def _config_text(app: App, name: str, offline: bool) -> str:
 
 
 @kernel.command()
-@click.argument("profile", default="default")
+@click.argument("profile", default="default", shell_complete=complete_target)
 @_set_option
 @_offline_option
 @_json_option

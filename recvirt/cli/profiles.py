@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from recvirt.cli import App, pass_app
-from recvirt.cli.completion import complete_profile
+from recvirt.cli.completion import complete_target
 
 
 @click.command()
@@ -58,7 +58,7 @@ def profile() -> None:
 
 
 @profile.command()
-@click.argument("name", default="default", shell_complete=complete_profile)
+@click.argument("name", default="default", shell_complete=complete_target)
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE",
     help="Override a value, as image.size=8G; root.packages+=vim appends, root.packages-=vim removes. May be repeated.",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from recvirt.cli import App, pass_app
+from recvirt.cli.completion import complete_target
 from recvirt.errors import ConfigError, RecvirtError
 
 if TYPE_CHECKING:
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 _memory_option = click.option("--memory", metavar="SIZE", help="Memory of the VM, as 4G.  [default: the profile's]")
 _cpus_option = click.option("--cpus", type=click.IntRange(1, 64), help="Virtual CPUs.  [default: the profile's]")
-_target_argument = click.argument("target", default="default", metavar="[PROFILE|IMAGE]")
+_target_argument = click.argument(
+    "target", default="default", metavar="[PROFILE|IMAGE]", shell_complete=complete_target
+)
 
 
 def resolve_target(app: App, target: str, profile: str | None = None) -> tuple[Path, Profile]:
@@ -185,7 +188,7 @@ def boot(
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.argument("profile", default="default")
+@click.argument("profile", default="default", shell_complete=complete_target)
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @pass_app
 def ssh(app: App, profile: str, command: tuple[str, ...]) -> None:
@@ -202,7 +205,7 @@ def ssh(app: App, profile: str, command: tuple[str, ...]) -> None:
 
 
 @click.command()
-@click.argument("profile", default="default")
+@click.argument("profile", default="default", shell_complete=complete_target)
 @pass_app
 def console(app: App, profile: str) -> None:
     """Attach to the serial console of the VM that "recvirt boot PROFILE" runs; Ctrl-] detaches.

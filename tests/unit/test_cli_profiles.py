@@ -256,3 +256,5 @@ def test_completion_answers() -> None:
     assert "completion" in complete("recvirt comp", 1)
     assert complete("recvirt profile show debi", 3) == ["debian-kernel"]
     assert complete("recvirt completion z", 2) == ["zsh"]
+    assert complete("recvirt build mini", 2) == ["minimal"]
+    assert complete("recvirt test build/x", 2) == ["build/x"]  # a file: left to the shell
