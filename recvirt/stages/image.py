@@ -65,7 +65,7 @@ class ImageStage:
 
     name = "image"
     revision = 1
-    needs = ("root", "kernel_build")
+    needs: tuple[str, ...] = ("root", "kernel_build")
 
     def inputs(self, profile: Profile, upstream: Mapping[str, str], context: Context) -> ImageInputs:
         """Frozen inputs. ConfigError for a command line or sizes that can't be."""
