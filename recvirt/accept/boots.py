@@ -78,7 +78,7 @@ def booted(
         guest = Guest(acceptance, name, access, vm, cloud, overlay, boot_seconds=seconds)
         reporter.info(f"{name}: SSH after {seconds:.0f} s")
         try:
-            guest.facts["settled"] = guest.wait_settled(limit)
+            guest.facts["settled"] = guest.wait_settled()
             yield guest
         finally:
             access.close_shared()

@@ -61,7 +61,7 @@ def deep(acceptance: Acceptance) -> Iterator[Guest]:
             access = _wait_login(outer, inner_folder, netdev)
             inner = Guest(acceptance, "deep-l2", access, None, inner_cloud)
             inner.facts.update({"outer": outer, "qmp": qmp})
-            inner.facts["settled"] = inner.wait_settled(acceptance.patience(acceptance.profile.accept.boot_seconds))
+            inner.facts["settled"] = inner.wait_settled()
             try:
                 yield inner
             finally:

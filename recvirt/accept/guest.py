@@ -67,13 +67,21 @@ class Guest:
         """
         limit = self.acceptance.patience(seconds)
         words = f"timeout -k 5 {limit:.0f} sh -c {shlex.quote(command)}"
-        try:
-            done = self.host.run(("sudo -n " if root else "") + words)
-        except RuntimeError as error:
-            raise self._error(f"SSH to the guest failed in: {command}\n  {_ssh_words(error)}") from None
+        done = self._over_ssh(("sudo -n " if root else "") + words)
         if done.rc in _TIMED_OUT:
             raise self._error(f"no end after {limit:.0f} s in the guest: {command}")
         return Said(command, int(done.rc), str(done.stdout), str(done.stderr))
+
+    def _over_ssh(self, command: str) -> Any:
+        """Run a command; a connection that broke is made anew once, as long as the machine runs."""
+        for attempt in (1, 2):
+            try:
+                return self.host.run(command)
+            except RuntimeError as error:
+                self.access.close_shared()
+                if attempt == 2 or (self.vm is not None and self.vm.process.poll() is not None):
+                    raise self._error(f"SSH to the guest failed in: {command}\n  {_ssh_words(error)}") from None
+        raise AssertionError("unreachable")
 
     def out(self, command: str, *, root: bool = True, seconds: float = _COMMAND_SECONDS) -> str:
         """The stdout of a command that must succeed, without the last newline. Failed when it does not."""
@@ -103,8 +111,9 @@ class Guest:
         command = f"base64 -d > {shlex.quote(path)}"
         self.access.run(command, input_text=text, seconds=self.acceptance.patience(120))
 
-    def wait_settled(self, seconds: float) -> str:
+    def wait_settled(self) -> str:
         """Wait until systemd has finished booting; ``running``, ``degraded`` or another word of systemctl(1)."""
+        seconds = float(self.acceptance.profile.accept.boot_seconds)
         return self.run("systemctl is-system-running --wait", seconds=seconds).stdout.strip()
 
     def failed_units(self, allowed: Sequence[str] = ()) -> list[str]:
@@ -133,7 +142,7 @@ class Guest:
 
         limit = self.acceptance.patience(self.acceptance.profile.accept.boot_seconds)
         seconds = self.vm.wait_until(is_back, limit, "the system after a reboot")
-        self.wait_settled(limit)
+        self.wait_settled()
         return seconds
 
     def _error(self, message: str) -> GuestError:

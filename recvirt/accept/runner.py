@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from recvirt.accept.guest import Guest
 from recvirt.accept.registry import Check, scenes_of
 from recvirt.accept.results import CheckResult, Failed, Outcome, Skipped
 from recvirt.errors import GuestError, RecvirtError
-from recvirt.run import stop
+from recvirt.run import allow_start, stop, stop_all
 from recvirt.ui import reporter
 
 _BOOTS = {**boots.SCENE_BOOTS, "deep": deep.deep}
@@ -141,6 +141,7 @@ def _available_bytes() -> int:
 def play(acceptance: Acceptance, checks: Sequence[Check]) -> None:
     """Run all ``checks``: the image's own, then the scenes, then what compares them."""
     scenes = scenes_of(checks)
+    allow_start()
     for check in (item for item in checks if item.scene == "image"):
         run_check(acceptance, check, None)
     jobs = [scene for scene in _BOOTS if scene in scenes]
@@ -150,7 +151,15 @@ def play(acceptance: Acceptance, checks: Sequence[Check]) -> None:
     with ThreadPoolExecutor(max_workers=workers) as pool:
         futures: list[Future[Any]] = [pool.submit(play_scene, acceptance, scene, checks) for scene in jobs]
         futures += [pool.submit(run_check, acceptance, check, None) for check in alone]
-        for future in futures:
-            future.result()
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException:
+            # An interrupt reaches one thread only: without their programs the others end at once.
+            stop_all()
+            for future in futures:
+                future.cancel()
+            raise
     for check in (item for item in checks if item.scene == "pair"):
         run_check(acceptance, check, None)

@@ -63,7 +63,7 @@ class SshAccess:
             "  UserKnownHostsFile /dev/null",
             f"  ConnectTimeout {CONNECT_SECONDS}",
             "  ServerAliveInterval 15",
-            "  ServerAliveCountMax 8",
+            "  ServerAliveCountMax 20",
             "  LogLevel ERROR",
         ]
         if self.proxy is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,6 +117,28 @@ def test_a_machine_that_dies_half_way_leaves_the_rest_not_run(tmp_path: Path) ->
     dying.vm = Dead()  # type: ignore[assignment]
     runner.run_guest_checks(run, [check("a"), check("b")], dying)
     assert outcomes(run) == {"a": "not-run", "b": "not-run"}
+
+
+def test_an_interrupt_ends_every_program_and_does_not_wait_for_the_boots(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stopped = threading.Event()
+
+    @contextmanager
+    def boot(_run: Acceptance) -> Iterator[FakeGuest]:
+        assert stopped.wait(20), "nobody ended the programs"
+        yield guest(tmp_path, {})
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run_check", interrupted)
+    monkeypatch.setattr(runner, "stop_all", stopped.set)
+    run = acceptance(tmp_path)
+    run.options = Options(parallel=2)
+    with pytest.raises(KeyboardInterrupt):
+        play(monkeypatch, run, [check("m", "matrix"), check("a")], boot)
+    assert stopped.is_set()
 
 
 def test_every_check_has_a_place_and_a_title() -> None:
