@@ -21,16 +21,19 @@ def prune_command(dpkg_cfg: str, tree: str) -> str:
     else. find(1) and dpkg match alike (``*`` crosses slashes). dpkg lets the last match decide; in our policy an
     include always overrides, and follows its exclude.
     """
-    found: dict[str, list[str]] = {"path-exclude": [], "path-include": []}
+    gone, kept = [], []
     for line in dpkg_cfg.splitlines():
         name, _, pattern = line.partition("=")
-        if name in found:
-            found[name].append(f"-path {tree}{shlex.quote(pattern)}")
-    gone, kept = (" -o ".join(found[name]) for name in ("path-exclude", "path-include"))
+        if name == "path-exclude":
+            gone.append(f"-path {tree}{shlex.quote(pattern)}")
+        elif name == "path-include":
+            kept.append(f"-path {tree}{shlex.quote(pattern)}")
+            # dpkg keeps folders and links below which an included file may lie.
+            kept.append(f"! -type f -path {tree}{shlex.quote(pattern.rpartition('/')[0])}")
     if not gone:
         return ":"
-    spare = f" ! \\( {kept} \\)" if kept else ""
-    return f"find {tree}/usr/share -depth \\( {gone} \\){spare} \\( ! -type d -o -empty \\) -delete"
+    spare = f" ! \\( {' -o '.join(kept)} \\)" if kept else ""
+    return f"find {tree}/usr/share -depth \\( {' -o '.join(gone)} \\){spare} \\( ! -type d -o -empty \\) -delete"
 
 
 def inside_namespace(argv: Sequence[str], repo: str) -> list[str]:
@@ -64,7 +67,6 @@ def mmdebstrap_argv(
     return [*argv, f"--include={','.join(names)}", suite, tar_path, source_line(suite)]
 
 
-
 def debootstrap_script(
     *, suite: str, names: Sequence[str], dpkg_cfg: str, scratch: str, tar_path: str, preseed_tar: str, epoch: int
 ) -> str:
@@ -84,9 +86,10 @@ trap put_away EXIT
 
 tar -x -C "$tree" -f {shlex.quote(preseed_tar)}
 echo {_UNSAFE} > "$tree/etc/dpkg/dpkg.cfg.d/99mmdebstrap"
-debootstrap --foreign --variant=minbase --no-check-gpg {shlex.quote(suite)} "$tree" file:{MOUNT_POINT}
+debootstrap --variant=minbase --no-check-gpg {shlex.quote(suite)} "$tree" file:{MOUNT_POINT}
+# It unpacks without dpkg at first, so that manual pages and links to them come along.
 {prune_command(dpkg_cfg, '"$tree"')}
-chroot "$tree" /debootstrap/debootstrap --second-stage
+chroot "$tree" find /etc/alternatives -xtype l -delete
 
 for place in proc sys dev; do
     # debootstrap may have left a mount of its own.
