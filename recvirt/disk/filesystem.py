@@ -5,7 +5,7 @@ All of them give the same bytes for the same input where the tool can (see docs/
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from recvirt.disk.layout import ESP_LABEL, FAT32_FROM_BYTES, MIB, ROOT_LABEL, Layout
@@ -43,22 +43,22 @@ def mkfs_ext4_argv(disk: Path, layout: Layout, source: str) -> list[str]:
     ]  # fmt: skip
 
 
-#: Unpacks the archive on standard input into memory that vanishes with the sandbox.
-_UNPACK = """set -eu
-mkdir /tmp/tree
-tar --extract --file=- --directory=/tmp/tree --numeric-owner --same-permissions --xattrs --xattrs-include='*'
+#: Where an archive is unpacked: memory that vanishes with the sandbox.
+TREE = "/tmp/tree"
+_UNPACK = f"""set -eu
+mkdir {TREE}
+tar --extract --file=- --directory={TREE} --numeric-owner --same-permissions --xattrs --xattrs-include='*'
 truncate --size="$2" "$1"
 """
-#: mkfs.xfs takes a list of what to create; it keeps owners, modes and extended attributes, not times (set later).
+#: mkfs.xfs takes a list of what to create (:mod:`recvirt.disk.xfs`).
 _XFS = (
     _UNPACK
-    + """xfs_protofile /tmp/tree >/tmp/proto
-mkfs.xfs -q -f -K -L "$3" -m uuid="$4" -p /tmp/proto "$1"
+    + """mkfs.xfs -q -f -K -L "$3" -m uuid="$4" -p slashes_are_spaces=1,file="$1.proto" "$1"
 """
 )
 _BTRFS = (
     _UNPACK
-    + """mkfs.btrfs -q -f -K -L "$3" -U "$4" --device-uuid "$5" --rootdir /tmp/tree "$1"
+    + f"""mkfs.btrfs -q -f -K -L "$3" -U "$4" --device-uuid "$5" --rootdir {TREE} "$1"
 """
 )
 
@@ -70,34 +70,6 @@ def mkfs_tree_argv(kind: str, output: Path, layout: Layout) -> list[str]:
         "sh", "-c", script, "mkfs", str(output), str(layout.root.size_bytes), ROOT_LABEL, str(layout.root_fs_uuid),
         str(layout.hash_seed),
     ]  # fmt: skip
-
-
-def xfs_inodes_argv(device: Path) -> list[str]:
-    """xfs_db(8): every inode with its path, a line each."""
-    return ["xfs_db", "-r", "-c", "blockget -n", "-c", "ncheck", str(device)]
-
-
-def xfs_time_commands(ncheck: str, times: Mapping[str, int], epoch: int) -> str:
-    """Commands for ``xfs_db -x`` that give every inode the time it has in the archive (``epoch`` where it has none).
-
-    Compiled Python modules, for one, are valid only while their source's time is what it was.
-
-    ``ncheck`` is the listing of :func:`xfs_inodes_argv`. With the feature bigtime a time is stored as nanoseconds since
-    December 1901 (fs/xfs/libxfs/xfs_format.h, XFS_BIGTIME_EPOCH_OFFSET), and xfs_db writes that number as it is.
-    """
-
-    def stored(seconds: int) -> int:
-        return (seconds + 2**31) * 1_000_000_000
-
-    lines = []
-    for line in ncheck.splitlines():
-        number, _, path = line.strip().partition(" ")
-        if not number.isdigit():
-            continue
-        # ncheck shows a folder as "path/."
-        name = path.strip().removesuffix("/.").strip("/")
-        lines += [f"inode {number}", f"write core.mtime.sec {stored(times.get(name, epoch))}"]
-    return "\n".join([*lines, "quit", ""])
 
 
 def least_root_bytes(data_bytes: int, members: int, kind: str) -> int:

@@ -5,11 +5,10 @@ Owns which way each filesystem is filled. Does not own: the command lines (:mod:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from recvirt.disk import filesystem
+from recvirt.disk import filesystem, xfs
 from recvirt.disk.layout import MIB, Layout
 from recvirt.disk.sparse import copy_sparse
 from recvirt.disk.tarmerge import Merge
@@ -56,19 +55,24 @@ class Filler:
     def _fill_from_tree(self, kind: str, merge: Merge) -> None:
         check_memory(merge.data_bytes)
         device = self.scratch / "root.fs"
+        if kind == "xfs":
+            (self.scratch / "root.fs.proto").write_text(xfs.protofile(merge.infos, filesystem.TREE))
         self.tools.run(
             filesystem.mkfs_tree_argv(kind, device, self.layout), writable=[self.scratch], all_ids=True,
             log_path=self.log, env=self._env, feed=merge.write,
-            hint="image.filesystem: ext4 has no such limits" if kind == "xfs" else "",
         )  # fmt: skip
         if kind == "xfs":
-            self._set_xfs_times(device, merge.times)
+            self._repair_xfs(device, merge)
         copy_sparse(device, self.disk, target_offset=self.layout.root.offset_bytes, truncate=False)
         device.unlink()
 
-    def _set_xfs_times(self, device: Path, times: Mapping[str, int]) -> None:
-        listing = self.tools.run(filesystem.xfs_inodes_argv(device), readable=[device])
-        commands = filesystem.xfs_time_commands(listing.stdout, times, self.epoch)
+    def _repair_xfs(self, device: Path, merge: Merge) -> None:
+        inodes = xfs.parse_inodes(self.tools.run(xfs.inodes_argv(device), readable=[device]).stdout)
+        missing = merge.infos.keys() - set(inodes.values()) - {""}
+        names = [name for name in missing if not merge.infos[name].islnk()]
+        if names:
+            raise StageError(f"mkfs.xfs left out {len(names)} files: {', '.join(sorted(names)[:5])}")
+        commands = xfs.repair_commands(inodes, merge.infos, self.epoch)
         self.tools.run(["xfs_db", "-x", str(device)], writable=[self.scratch], input_text=commands)
 
 

@@ -213,10 +213,10 @@ class Merge:
         return sum(m.info.size for m in self._kept if m.info.isreg()) + sum(i.size for i in self._added if i.isreg())
 
     @property
-    def times(self) -> dict[str, int]:
-        """Clean name -> time, in seconds since 1970."""
-        kept = {member.name: int(member.info.mtime) for member in self._kept}
-        return kept | {clean_name(info.name): int(info.mtime) for info in self._added}
+    def infos(self) -> dict[str, tarfile.TarInfo]:
+        """Clean name -> what the archive says about it."""
+        kept = {member.name: member.info for member in self._kept}
+        return kept | {clean_name(info.name): info for info in self._added}
 
     def ranges(self) -> list[tuple[int, int]]:
         """The byte ranges of the old archive that stay. StageError when a hard link that stays leads to what goes."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recvirt.disk.filesystem import xfs_inodes_argv
+from recvirt.disk import xfs
 from recvirt.disk.layout import Partition
 from recvirt.disk.sparse import copy_range
 from recvirt.errors import VerificationError
@@ -96,30 +96,22 @@ class XfsReader(GrubReader):
     def tree(self) -> dict[str, Entry]:
         """See :class:`Reader`."""
         device = self._partition_file()
-        paths = parse_xfs_paths(self._tool(xfs_inodes_argv(device)))
+        paths = xfs.parse_inodes(self._tool(xfs.inodes_argv(device)))
         commands = "".join(f"inode {number}\nprint core.mode core.size\n" for number in paths)
         told = self._tool(["xfs_db", "-r", str(device)], commands)
         device.unlink()
         return dict(parse_xfs_entries(paths, told))
 
 
-def parse_xfs_paths(text: str) -> dict[int, str]:
-    """The output of xfs_db's ``ncheck``: inode -> absolute path (of several, one)."""
-    found = {}
-    for line in text.splitlines():
-        number, _, path = line.strip().partition(" ")
-        if number.isdigit() and path.strip():
-            found[int(number)] = "/" + path.strip().removesuffix("/.").strip("/")
-    return found
-
-
 def parse_xfs_entries(paths: dict[int, str], text: str) -> Iterable[tuple[str, Entry]]:
-    """Path and entry of each inode in ``paths``, whose modes and sizes ``text`` tells in the same order."""
+    """Absolute path and entry of each inode in ``paths``, whose modes and sizes ``text`` tells in the same order."""
     modes = [int(word, 8) for word in re.findall(r"core\.mode = (0[0-7]+)", text)]
     sizes = [int(word) for word in re.findall(r"core\.size = (\d+)", text)]
     if not len(modes) == len(sizes) == len(paths):
         raise VerificationError("the xfs filesystem is damaged: not every inode can be read")
-    return [(path, _entry(*facts)) for path, facts in zip(paths.values(), zip(modes, sizes, strict=True), strict=True)]
+    return [
+        (f"/{path}", _entry(*facts)) for path, facts in zip(paths.values(), zip(modes, sizes, strict=True), strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -141,6 +133,17 @@ _BTRFS_MODE = re.compile(r"^\t\tblock group \d+ mode ([0-7]+) ")
 _BTRFS_LOCATION = re.compile(r"^\t\tlocation key \((\d+) INODE_ITEM ")
 
 
+def _unescape(name: str) -> str:
+    """btrfs-inspect-internal writes blanks and backslashes behind a backslash, other odd bytes as octal numbers."""
+
+    def plain(match: re.Match[bytes]) -> bytes:
+        if match[1]:
+            return bytes([int(match[1], 8) & 0xFF])
+        return {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"b": b"\b", b"f": b"\f"}.get(match[2], match[2])
+
+    return re.sub(rb"\\(?:([0-7]{3})|(.))", plain, name.encode()).decode("utf-8", "replace")
+
+
 def parse_btrfs_tree(text: str) -> dict[str, Entry]:
     """A dumped filesystem tree: absolute path -> entry."""
     sizes: dict[int, int] = {}
@@ -157,7 +160,7 @@ def parse_btrfs_tree(text: str) -> dict[str, Entry]:
         elif kind == "DIR_INDEX" and (match := _BTRFS_LOCATION.match(line)):
             target = int(match[1])
         elif kind == "DIR_INDEX" and line.startswith("\t\tname: "):
-            children.setdefault(owner, []).append((line[8:], target))
+            children.setdefault(owner, []).append((_unescape(line[8:]), target))
     found: dict[str, Entry] = {}
     todo, seen = [("", _BTRFS_TOP)], {_BTRFS_TOP}
     while todo:

@@ -81,7 +81,7 @@ class ImageStage:
             initramfs=image.initramfs,
             formats=tuple(sorted(set(image.formats))),
             boot_timeout=image.boot_timeout,
-            cmdline=bootconf.check_words(profile.kernel.cmdline),
+            cmdline=profile.kernel.cmdline,
             tools=context.tools.version_of(*_TOOLS),
         )
         plan_layout(inputs.size_bytes, inputs.esp_bytes, inputs.seed)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recvirt.disk import filesystem, formats, ova
+from recvirt.disk import filesystem, formats, ova, xfs
 from recvirt.disk.layout import MIB, derived_uuid, plan_layout
 from recvirt.disk.sparse import allocated_bytes, copy_range, copy_sparse
 from recvirt.errors import StageError
@@ -161,16 +161,43 @@ def test_ext4_is_written_at_the_root_s_place_with_fixed_identifiers() -> None:
     assert argv[-1] == f"{layout.root.size_bytes // 1024}k"
 
 
-def test_xfs_times_are_written_as_nanoseconds_since_1901() -> None:
-    text = "       131 etc/.\n       132 etc/passwd\nblah\n"
-    commands = filesystem.xfs_time_commands(text, {"etc/passwd": 1_000_000_000}, 500)
-    assert commands.splitlines() == [
-        "inode 131",
-        f"write core.mtime.sec {(500 + 2**31) * 10**9}",
-        "inode 132",
-        f"write core.mtime.sec {(1_000_000_000 + 2**31) * 10**9}",
-        "quit",
-    ]
+def member(name: str, kind: bytes = tarfile.REGTYPE, mode: int = 0o644, **changes: object) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.mode, info.mtime = kind, mode, 1_000_000_000
+    for field, value in changes.items():
+        setattr(info, field, value)
+    return info
+
+
+def test_an_xfs_list_holds_every_kind_of_file_in_its_folder() -> None:
+    infos = {
+        "": member("", tarfile.DIRTYPE, 0o755),
+        "a b": member("a b", tarfile.DIRTYPE, 0o1777),
+        "a b/f": member("f", tarfile.SYMTYPE, 0o777, linkname="../x"),
+        "dev": member("dev", tarfile.DIRTYPE, 0o755),
+        "dev/null": member("dev/null", tarfile.CHRTYPE, 0o666, devmajor=1, devminor=3),
+        "tool": member("tool", mode=0o4755, uid=5, gid=6),
+        "same": member("same", tarfile.LNKTYPE, 0o4755, linkname="tool"),
+    }
+    assert xfs.protofile(infos, "/t").splitlines() == [
+        "/", "0 0", "d--755 0 0", "a/b d--777 0 0", "f l--777 0 0 ../x", "$", "dev d--755 0 0",
+        "null c--666 0 0 1 3", "$", "same ---755 0 0 /t/same", "tool ---755 5 6 /t/tool", "$",
+    ]  # fmt: skip
+
+
+def test_names_that_an_xfs_list_can_not_hold_are_refused() -> None:
+    with pytest.raises(StageError, match="a b"):
+        xfs.protofile({"a b": member("a b")}, "/t")
+
+
+def test_xfs_gets_the_modes_and_times_that_a_list_can_not_say() -> None:
+    infos = {"tmp": member("tmp", tarfile.DIRTYPE, 0o1777), "su": member("su", mode=0o4755)}
+    stored = (1_000_000_000 + 2**31) * 10**9
+    assert xfs.repair_commands({131: "tmp", 132: "su", 133: "other"}, infos, 500).splitlines() == [
+        "inode 131", f"write core.mtime.sec {stored}", "write core.mode 041777",
+        "inode 132", f"write core.mtime.sec {stored}", "write core.mode 0104755",
+        "inode 133", f"write core.mtime.sec {(500 + 2**31) * 10**9}", "quit",
+    ]  # fmt: skip
 
 
 def test_a_tree_needs_more_than_its_data() -> None:

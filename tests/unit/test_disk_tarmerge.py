@@ -74,7 +74,7 @@ def test_the_merge_knows_its_size_and_times(tmp_path: Path) -> None:
     merge = Merge(index, frozenset({"one"}), archive)
     assert merge.data_bytes == 6
     assert merge.members == 2
-    assert merge.times == {"two": 50, "three": 70}
+    assert {name: info.mtime for name, info in merge.infos.items()} == {"two": 50, "three": 70}
 
 
 def test_a_dropped_folder_takes_what_lies_below_it(tmp_path: Path) -> None:

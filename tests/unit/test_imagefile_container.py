@@ -16,7 +16,9 @@ from recvirt.errors import VerificationError
 from recvirt.imagefile.container import LARGEST_DISK, identify
 
 
-def qcow2(path: Path, *, version: int = 3, backing: int = 0, size: int = 1 << 30, crypt: int = 0, feats: int = 0) -> Path:
+def qcow2(
+    path: Path, *, version: int = 3, backing: int = 0, size: int = 1 << 30, crypt: int = 0, feats: int = 0
+) -> Path:
     header = struct.pack(">4sIQIIQIIQQIIQ", b"QFI\xfb", version, backing, 0, 16, size, crypt, 1, 0, 0, 1, 0, 0)
     path.write_bytes(header + struct.pack(">Q", feats) + bytes(4096))
     return path

@@ -9,11 +9,12 @@ import pytest
 
 from recvirt.disk.layout import MIB, plan_layout
 from recvirt.disk.packages import Package
+from recvirt.disk.xfs import parse_inodes
 from recvirt.errors import VerificationError
 from recvirt.imagefile import diff
 from recvirt.imagefile.contents import loader_problem, menu_problem, package_sizes, parse_config
 from recvirt.imagefile.files import Entry, bounded, detect_filesystem, parse_debugfs_ls, printable
-from recvirt.imagefile.foreign import parse_btrfs_tree, parse_grub_ls, parse_xfs_entries, parse_xfs_paths
+from recvirt.imagefile.foreign import parse_btrfs_tree, parse_grub_ls, parse_xfs_entries
 
 FILE, FOLDER = stat.S_IFREG | 0o644, stat.S_IFDIR | 0o755
 
@@ -39,8 +40,8 @@ def test_grub_listings() -> None:
 
 
 def test_xfs_inodes() -> None:
-    paths = parse_xfs_paths("       131 etc/.\n       132 etc/pass wd\nnoise\n")
-    assert paths == {131: "/etc", 132: "/etc/pass wd"}
+    paths = parse_inodes("       131 etc/.\n       132 etc/pass wd\nnoise\n")
+    assert paths == {131: "etc", 132: "etc/pass wd"}
     told = "core.mode = 040755\ncore.size = 18\ncore.mode = 0100644\ncore.size = 983\n"
     assert dict(parse_xfs_entries(paths, told)) == {"/etc": Entry(FOLDER, 0), "/etc/pass wd": Entry(FILE, 983)}
     with pytest.raises(VerificationError, match="damaged"):
@@ -63,7 +64,7 @@ BTRFS = """fs tree key (FS_TREE ROOT_ITEM 0)
 \t\tblock group 0 mode 40755 links 1 uid 0 gid 0 rdev 0
 \titem 5 key (257 DIR_INDEX 2) itemoff 1 itemsize 1
 \t\tlocation key (258 INODE_ITEM 0) type FILE
-\t\tname: passwd
+\t\tname: pass\\ w\\303\\244\\\\d
 \titem 6 key (257 DIR_INDEX 3) itemoff 1 itemsize 1
 \t\tlocation key (257 INODE_ITEM 0) type DIR
 \t\tname: loop
@@ -76,7 +77,7 @@ BTRFS = """fs tree key (FS_TREE ROOT_ITEM 0)
 def test_btrfs_trees_end_even_when_a_folder_holds_itself() -> None:
     assert parse_btrfs_tree(BTRFS) == {
         "/etc": Entry(FOLDER, 0),
-        "/etc/passwd": Entry(FILE, 983),
+        "/etc/pass w\u00e4\\d": Entry(FILE, 983),
         "/etc/loop": Entry(FOLDER, 0),
     }
 
