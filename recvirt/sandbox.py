@@ -1,8 +1,8 @@
 """Runs programs of a *tools root* (a Debian tree of our own) in their own namespaces.
 
-Owns: the command line of ``bwrap`` and the user-namespace mapping. The host's compiler, QEMU, GRUB and mkfs never matter:
-a tools root brings them. The same call works as root and as an ordinary user; mounts vanish with the namespace and every
-process dies with recvirt (``--die-with-parent``, a PID namespace), so nothing is left behind.
+Owns: the command line of ``bwrap`` and the user-namespace mapping. The host's compiler, QEMU, GRUB and mkfs never
+matter: a tools root brings them. The same call works as root and as an ordinary user; mounts vanish with the namespace
+and every process dies with recvirt (``--die-with-parent``, a PID namespace), so nothing is left behind.
 Paths are the same inside and outside. Does not own: how a tools root is made (``toolsroot.py``).
 """
 
@@ -67,7 +67,7 @@ class ToolsRoot:
         (else there is only a loopback). ``all_ids`` maps the whole sub-id range of an ordinary user, which work on
         trees with several owners needs (newuidmap(1), package uidmap); without it only uid 0 exists inside.
         ``devices`` are bound with access, as ``/dev/kvm``. ``cover`` binds host files and folders
-        (read-only) over paths of the tree; ``writable_at`` does it writably, for builds whose bytes depend on where they run.
+        (read-only) over paths of the tree; ``writable_at`` does it writably: some bytes depend on where they are built.
         """
         words: list[str] = []
         if all_ids:
@@ -144,7 +144,7 @@ class ToolsRoot:
         feed: Callable[[BinaryIO], None] | None = None,
         hint: str = "",
     ) -> Completed:
-        """Run ``command`` inside to its end; see :meth:`argv` for the sandbox and :func:`recvirt.run.run` for the rest."""
+        """Run ``command`` inside to its end; see :meth:`argv` and, for the rest, :func:`recvirt.run.run`."""
         words = self.argv(
             command, writable=writable, readable=readable, network=network, all_ids=all_ids, devices=devices,
             cwd=cwd, env=env, cover=cover, writable_at=writable_at,
