@@ -1,0 +1,183 @@
+"""(c): booting our kernel without an initramfs against Debian's kernel with one, on the same Debian tree.
+
+Counted with QEMU's ``-icount`` on one virtual CPU: a nanosecond of the guest's clock then is one instruction, whatever
+else the host does. Time is measured apart, on two virtual CPUs, as the acceptance tests run. A unit handed over as a
+systemd credential reports over a second serial port, so the image is booted as it is, by its own boot loader.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.measure import say, wait_for_quiet
+from benchmarks.results import Result, Row
+from benchmarks.workplace import Site
+from recvirt.errors import GuestError
+from recvirt.qemu.argv import Disk, MachineSpec, qemu_argv
+from recvirt.qemu.disks import make_overlay
+from recvirt.sandbox import ToolsRoot
+
+OURS, STOCK = "default", "debian-kernel"
+_LIMIT = 0.6
+_TIMEOUT_SECONDS = 3600.0
+_MARK = "recvirt-bench"
+#: Instructions repeat, so that one nanosecond is one of them; no sleeping while idle; no hardware randomness.
+_ICOUNT = ("-icount", "shift=0,sleep=off,align=off", "-rtc", "clock=vm")
+_ICOUNT_CPU = "max,-rdrand,-rdseed"
+
+#: After multi-user.target, and wanted by it. The port is opened by the shell alone, so that nothing hangs it up.
+REPORT_UNIT = """[Unit]
+Description=Report to the benchmark
+After=multi-user.target
+
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c 'exec > /dev/ttyS1; \\
+    echo; echo "@MARK@ here"; \\
+    systemctl show -p UserspaceTimestampMonotonic -p InitRDTimestampMonotonic; \\
+    systemctl show -p ActiveEnterTimestampMonotonic multi-user.target; \\
+    echo "Release=$(uname -r)"; \\
+    echo "Failed=$(systemctl list-units --failed --plain --no-legend | wc -l)"; \\
+    echo "@MARK@ end"; \\
+    exec systemctl --no-block poweroff'
+"""
+WANTS_DROPIN = "[Unit]\nWants=recvirt-bench.service\n"
+
+
+@dataclass(frozen=True)
+class Boot:
+    """One boot: the guest's clock in nanoseconds from the kernel's start, and seconds on the host from power-on."""
+
+    release: str
+    kernel_ns: int  # until the first process that lives on the root (or in the initramfs)
+    initrd_ns: int  # the initramfs' part, 0 without one
+    multi_user_ns: int
+    host_seconds: float
+
+
+def credentials() -> dict[str, bytes]:
+    """What makes PID 1 run the report (systemd-debug-generator(8), systemd.system-credentials(7))."""
+    return {
+        "systemd.extra-unit.recvirt-bench.service": REPORT_UNIT.replace("@MARK@", _MARK).encode(),
+        "systemd.unit-dropin.multi-user.target": WANTS_DROPIN.encode(),
+    }
+
+
+def machine(disk: Path, image: Path, *, icount: bool) -> MachineSpec:
+    """The virtual machine: the image under a throw-away overlay, without anything that differs from run to run."""
+    disks = (Disk(disk, cache="unsafe", bootable=True, backing=(image,)),)
+    return MachineSpec(
+        accelerator="tcg", cpus=1 if icount else 2, disks=disks, credentials=credentials(), reboot_allowed=False
+    )
+
+
+def boot_argv(spec: MachineSpec, *, icount: bool) -> list[str]:
+    """QEMU's words: the machine's own, with the report's port on standard output, counted or not."""
+    words = qemu_argv(spec)
+    if icount:
+        words[words.index("tcg,thread=multi")] = "tcg"
+        words[words.index("-cpu") + 1] = _ICOUNT_CPU
+        words += _ICOUNT
+    return [*words, "-chardev", "stdio,id=report,signal=off", "-serial", "chardev:report"]
+
+
+def parse_report(lines: list[str], host_seconds: float) -> Boot:
+    """The report's lines as figures. GuestError when the boot was not a sound one."""
+    values = dict(re.findall(r"^(\w+)=(\S+)\s*$", "\n".join(lines), re.M))
+    try:
+        initrd, userspace = int(values["InitRDTimestampMonotonic"]), int(values["UserspaceTimestampMonotonic"])
+        multi_user = int(values["ActiveEnterTimestampMonotonic"])
+        release, failed = values["Release"], int(values["Failed"])
+    except (KeyError, ValueError) as error:
+        raise GuestError(f"the guest's report is not whole ({error}): {' | '.join(lines)}") from None
+    if failed or not multi_user:
+        raise GuestError(f"the boot was not a sound one: {failed} failed units; its report: {' | '.join(lines)}")
+    kernel = initrd or userspace
+    return Boot(release, kernel * 1000, (userspace - initrd) * 1000 if initrd else 0, multi_user * 1000, host_seconds)
+
+
+def boot_once(tools: ToolsRoot, image: Path, overlay: Path, *, icount: bool, log_path: Path) -> Boot:
+    """Boot, take the report, wait for the guest to power off."""
+    folder = overlay.parent
+    lines: list[str] = []
+    here: list[float] = []
+    started = time.monotonic()
+
+    def on_line(line: str) -> None:
+        if line.strip() == f"{_MARK} here":
+            here.append(time.monotonic() - started)
+        lines.append(line.strip())
+
+    tools.run(
+        boot_argv(machine(overlay, image, icount=icount), icount=icount),
+        writable=[folder], readable=[image], network=True, cwd=folder, log_path=log_path, on_line=on_line,
+        timeout_seconds=_TIMEOUT_SECONDS, hint=f"the console: {folder / 'console.log'}",
+    )  # fmt: skip
+    if not here:
+        raise GuestError(f"{image} powered off without a report", hint=f"the console's log: {folder / 'console.log'}")
+    return parse_report(lines[lines.index(f"{_MARK} here") :], here[0])
+
+
+def boots(site: Site, profile: str, number: int, *, icount: bool) -> list[Boot]:
+    """Boot a fresh copy of the image, and then ``number`` - 1 times more."""
+    tools = site.tools()
+    image = site.build_dir / profile / "disk.qcow2"
+    folder = site.work_dir / "boot" / profile
+    folder.mkdir(parents=True, exist_ok=True)
+    overlay = make_overlay(tools, image, folder / "overlay.qcow2")
+    found = []
+    for count in range(number):
+        boot = boot_once(tools, image, overlay, icount=icount, log_path=site.log(f"boot-{profile}"))
+        found.append(boot)
+        say(
+            f"{profile} ({boot.release}) boot {count + 1}: {boot.multi_user_ns / 1e9:.2f} s in the guest, "
+            f"{boot.host_seconds:.1f} s on the host{' (counted)' if icount else ''}"
+        )
+    overlay.unlink()
+    return found
+
+
+def benchmark(site: Site) -> Result:
+    """Both images, counted once and timed in turn; the first boot of an image and a later one."""
+    for profile in (OURS, STOCK):
+        site.recvirt("build", profile, log_name=f"build-{profile}")
+    counted = {profile: boots(site, profile, 2, icount=True) for profile in (OURS, STOCK)}
+    rows = [
+        count_row("boot to multi-user.target, instructions", counted[OURS][1], counted[STOCK][1], _LIMIT),
+        count_row("the first boot of an image, instructions", counted[OURS][0], counted[STOCK][0], None),
+    ]
+    timed: dict[str, list[list[Boot]]] = {OURS: [], STOCK: []}
+    for _ in range(site.runs):
+        for profile, found in timed.items():
+            wait_for_quiet(site.patience_seconds)
+            found.append(boots(site, profile, 2, icount=False))
+    rows += [
+        time_row("power-on to multi-user.target, time", timed, 1, _LIMIT),
+        time_row("the first boot of an image, time", timed, 0, None),
+    ]
+    facts = {
+        "counted": {name: [dataclasses.asdict(boot) for boot in found] for name, found in counted.items()},
+        "timed": {name: [[dataclasses.asdict(b) for b in one] for one in found] for name, found in timed.items()},
+    }
+    return Result("boot", rows, facts)
+
+
+def count_row(what: str, mine: Boot, other: Boot, limit: float | None) -> Row:
+    """A row of instructions (10^9, by the guest's clock, idle time in it), with the kernel's and initramfs' parts."""
+    note = (
+        f"kernel {mine.kernel_ns / 1e9:.2f}, user space {(mine.multi_user_ns - mine.kernel_ns) / 1e9:.2f}; "
+        f"Debian: kernel {other.kernel_ns / 1e9:.2f}, initramfs {other.initrd_ns / 1e9:.2f}, "
+        f"user space {(other.multi_user_ns - other.kernel_ns - other.initrd_ns) / 1e9:.2f}"
+    )
+    return Row.ratio(what, mine.multi_user_ns / 1e9, other.multi_user_ns / 1e9, "G", limit, note)
+
+
+def time_row(what: str, timed: dict[str, list[list[Boot]]], which: int, limit: float | None) -> Row:
+    """A row of seconds on the host from power-on: firmware, boot loader and unpacking the kernel are in it."""
+    mine, other = (statistics.median(one[which].host_seconds for one in timed[name]) for name in (OURS, STOCK))
+    return Row.ratio(what, mine, other, "s", limit, "TCG, two virtual CPUs")

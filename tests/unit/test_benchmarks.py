@@ -1,0 +1,373 @@
+"""The benchmarks' arithmetic and command lines. Nothing here is timed."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import boot, builds, measure, mkosi, results, run, sizes
+from benchmarks.measure import Sample, Series, Subject
+from benchmarks.results import BEGIN, END, Result, Row
+from benchmarks.workplace import Site
+from recvirt.errors import GuestError, StageError
+from recvirt.ui import reporter
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+STAT = "cpu  100 20 30 4000 500 6 7 8 9 0\ncpu0 1 1 1 1 1 1 1 1 1 1\nintr 5\n"
+
+
+def test_busy_time_leaves_idle_and_waiting_out_and_takes_stolen_time_in() -> None:
+    assert measure.busy_seconds(STAT) * measure._TICKS == 100 + 20 + 30 + 6 + 7 + 8
+
+
+def test_a_stat_file_without_a_total_is_refused() -> None:
+    with pytest.raises(ValueError, match="all CPUs"):
+        measure.busy_seconds("intr 5\n")
+
+
+def fake_process(proc: Path, pid: int, name: str, parent: int, ticks: tuple[int, int, int, int]) -> None:
+    folder = proc / str(pid)
+    folder.mkdir()
+    fields = ["S", str(parent), *["0"] * 9, *map(str, ticks), "20"]
+    (folder / "stat").write_text(f"{pid} ({name}) {' '.join(fields)}\n")
+
+
+def test_a_process_table_survives_names_with_parentheses_and_blanks(tmp_path: Path) -> None:
+    fake_process(tmp_path, 7, "a) S 1 (b", 3, (1, 2, 3, 4))
+    (tmp_path / "self").mkdir()
+    (tmp_path / "9").mkdir()  # ended between listing and reading
+    assert measure.processes(tmp_path) == {7: (3, 10 / measure._TICKS)}
+
+
+def test_only_descendants_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(ru_utime=0.0, ru_stime=0.0)
+    monkeypatch.setattr("resource.getrusage", lambda _who: usage)
+    table = {1: (0, 100.0), 10: (1, 50.0), 11: (10, 1.0), 12: (11, 2.0), 20: (1, 7.0)}
+    assert measure.below(10, table) == 3.0
+
+
+def test_the_meter_keeps_what_a_vanished_tree_had_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([5.0, 7.0, 6.0, 6.5])
+    monkeypatch.setattr(measure, "below", lambda *_: next(readings))
+    monkeypatch.setattr(measure, "processes", dict)
+    monkeypatch.setattr(measure, "_METER_SECONDS", 3600)
+    with measure.CpuMeter() as meter:
+        meter._look()  # 2 more
+        meter._look()  # a tree is gone: nothing is taken back
+    assert meter.seconds == 2.5
+
+
+def sample(wall: float, foreign: float = 0.0, cpu: float = 1.0) -> Sample:
+    return Sample(wall, cpu, foreign)
+
+
+def test_a_median_counts_undisturbed_runs_only_as_long_as_there_are_any() -> None:
+    series = Series([sample(10), sample(90, 1.5), sample(12)])
+    assert series.wall_seconds == 11
+    assert not series.disturbed
+    lost = Series([sample(90, 1.5), sample(70, 1.5)])
+    assert lost.wall_seconds == 80
+    assert lost.disturbed
+
+
+def timings(monkeypatch: pytest.MonkeyPatch, foreign: list[float]) -> list[str]:
+    """Make ``timed`` hand out samples with these disturbances, and return the order of what was called."""
+    calls: list[str] = []
+    left = iter(foreign)
+
+    def timed(work: Any) -> Sample:
+        work()
+        return sample(1.0, next(left))
+
+    monkeypatch.setattr(measure, "timed", timed)
+    monkeypatch.setattr(measure, "wait_for_quiet", lambda *_: True)
+    return calls
+
+
+def subject(name: str, calls: list[str]) -> Subject:
+    return Subject(name, lambda: calls.append(name), lambda: calls.append(f"{name}+"), lambda: calls.append(f"{name}-"))
+
+
+def test_subjects_run_in_turn_and_are_prepared_outside_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = timings(monkeypatch, [0.0] * 4)
+    found = measure.in_turn([subject("a", calls), subject("b", calls)], 2)
+    assert calls == ["a+", "a", "a-", "b+", "b", "b-"] * 2
+    assert [len(series.samples) for series in found.values()] == [2, 2]
+
+
+def test_a_disturbed_round_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = timings(monkeypatch, [0.0, 1.0, 0.0, 0.0])
+    found = measure.in_turn([subject("a", calls), subject("b", calls)], 1)
+    assert [len(series.samples) for series in found.values()] == [2, 2]
+
+
+def test_a_machine_that_is_never_quiet_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = timings(monkeypatch, [1.0] * 20)
+    found = measure.in_turn([subject("a", calls)], 2)
+    assert len(found["a"].samples) == 2 + measure.EXTRA_ROUNDS
+
+
+# -- mkosi -------------------------------------------------------------------------------------------------------------
+
+
+def setup(tmp_path: Path) -> mkosi.Setup:
+    deb = tmp_path / "linux-image.deb"
+    deb.write_bytes(b"!<arch>\n")
+    return mkosi.Setup(tmp_path / "m", "trixie", ("sudo", "kmod"), "linux-image-6.12.1-recvirt", deb)
+
+
+def conf(text: str) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def test_mkosi_gets_the_same_packages_the_kernel_and_no_documentation(tmp_path: Path) -> None:
+    made = setup(tmp_path)
+    text = mkosi.conf_text(made, workspace=tmp_path / "w", cache_only=True, manifest=False)
+    packages = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    assert packages == ["kmod", "linux-image-6.12.1-recvirt", "sudo", "systemd-boot"]
+    values = conf(text)
+    assert values["Release"] == "trixie"
+    assert values["Bootable"] == "yes"
+    assert values["WithDocs"] == "no"
+    assert values["CacheOnly"] == "always"
+    assert values["WorkspaceDirectory"] == str(tmp_path / "w")
+    assert "ManifestFormat" not in values
+    assert values["PackageDirectories"] == str(tmp_path / "m/kernel")
+
+
+def test_mkosi_is_prepared_with_the_kernel_and_the_archive_of_its_tools_root(tmp_path: Path) -> None:
+    made = setup(tmp_path)
+    rootfs = tmp_path / "tools/rootfs"
+    (rootfs / "etc/apt").mkdir(parents=True)
+    (rootfs / "etc/apt/sources.list").write_text("deb http://mirror.example/debian trixie main\n")
+    stale = made.part("kernel") / "linux-image-old_1_amd64.deb"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    mkosi.prepare(made, SimpleNamespace(rootfs=rootfs))  # type: ignore[arg-type]
+    assert [path.name for path in made.part("kernel").iterdir()] == ["linux-image-6.12.1-recvirt_1_amd64.deb"]
+    sources = (made.part("sandbox") / "etc/apt/sources.list.d/mkosi.sources").read_text()
+    assert "URIs: http://mirror.example/debian\n" in sources
+
+
+def test_sources_keep_every_suite_and_drop_options() -> None:
+    text = mkosi.sources_text(
+        [
+            "deb http://a.example/d trixie main contrib",
+            "",
+            "# deb no",
+            "deb [arch=amd64 signed-by=/k] http://b.example/s x-security main",
+        ]
+    )
+    assert text.count("Types: deb\n") == 2
+    assert "Components: main contrib\n" in text
+    assert "URIs: http://b.example/s\nSuites: x-security\nComponents: main\n" in text
+    assert text.count(f"Signed-By: {mkosi.KEYRING}\n") == 2
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_mkosi_runs_without_network_once_its_packages_are_cached(tmp_path: Path, in_memory: bool) -> None:
+    made = setup(tmp_path)
+    made.part("src").mkdir(parents=True)
+    asked: list[dict[str, Any]] = []
+
+    def argv(words: list[str], **options: Any) -> list[str]:
+        asked.append(options)
+        return words
+
+    tools = SimpleNamespace(argv=argv)
+    words = mkosi.build_argv(made, tools, in_memory=in_memory, cache_only=True)  # type: ignore[arg-type]
+    assert words == ["mkosi", "--force", "build"]
+    assert asked[0]["network"] is False
+    assert asked[0]["writable"] == [made.folder]
+    workspace = conf((made.part("src") / "mkosi.conf").read_text())["WorkspaceDirectory"]
+    assert workspace == ("/tmp" if in_memory else str(made.part("workspace")))
+
+
+# -- builds ------------------------------------------------------------------------------------------------------------
+
+
+def test_only_stages_that_are_built_are_named() -> None:
+    plan = [{"stage": "kernel_build", "action": "reuse"}, {"stage": "root", "action": "build"}]
+    assert builds.to_build(plan) == ["root"]
+
+
+class ListedSite:
+    """A site whose root holds two packages and one of ours."""
+
+    def __init__(self, folder: Path) -> None:
+        listed = [("a", "1"), ("b", "2"), ("recvirt-boot", "0")]
+        (folder / "packages.json").write_text(json.dumps([{"name": n, "version": v} for n, v in listed]))
+        self.folder = folder
+
+    def output(self, _profile: str, _stage: str) -> Any:
+        return SimpleNamespace(path=lambda name: self.folder / name)
+
+
+def test_other_versions_and_extra_packages_of_mkosi_are_told(tmp_path: Path) -> None:
+    site: Any = ListedSite(tmp_path)
+    assert builds.compare_packages(site, {"a": "1", "b": "3", "c": "1"}) == ["only mkosi: c", "b 2, mkosi 3"]
+
+
+def test_an_image_of_mkosi_that_lacks_packages_is_not_compared(tmp_path: Path) -> None:
+    site: Any = ListedSite(tmp_path)
+    with pytest.raises(StageError, match=r"lacks packages of ours.*: b"):
+        builds.compare_packages(site, {"a": "1"})
+
+
+def test_a_busy_machine_is_told_beside_the_figures() -> None:
+    row = builds.against("x", Series([sample(5, 1.0, cpu=4)]), Series([sample(20, cpu=16)]), 0.5)
+    assert row.met is True
+    assert row.relation == "25.0 %"
+    assert row.note == "CPU 4 s against 16 s; the machine was never quiet"
+
+
+# -- boot --------------------------------------------------------------------------------------------------------------
+
+REPORT = [
+    "recvirt-bench here", "UserspaceTimestampMonotonic=3500000", "InitRDTimestampMonotonic=1500000",
+    "ActiveEnterTimestampMonotonic=9000000", "Release=6.12.1-cloud", "Failed=0", "recvirt-bench end",
+]  # fmt: skip
+
+
+def test_a_report_with_an_initramfs_is_split_into_its_parts() -> None:
+    found = boot.parse_report(REPORT, 21.5)
+    assert found == boot.Boot("6.12.1-cloud", 1_500_000_000, 2_000_000_000, 9_000_000_000, 21.5)
+
+
+def test_a_report_without_an_initramfs_has_no_such_part() -> None:
+    lines = [line.replace("InitRDTimestampMonotonic=1500000", "InitRDTimestampMonotonic=0") for line in REPORT]
+    assert (boot.parse_report(lines, 1).kernel_ns, boot.parse_report(lines, 1).initrd_ns) == (3_500_000_000, 0)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("Failed=0", "Failed=2", "2 failed units"),
+        ("Release=6.12.1-cloud", "", "not whole"),
+        ("ActiveEnterTimestampMonotonic=9000000", "ActiveEnterTimestampMonotonic=0", "not a sound one"),
+        ("ActiveEnterTimestampMonotonic=9000000", "ActiveEnterTimestampMonotonic=[n/a]", "not whole"),
+    ],
+)
+def test_an_unsound_boot_gives_no_figures(old: str, new: str, said: str) -> None:
+    with pytest.raises(GuestError, match=said):
+        boot.parse_report([line.replace(old, new) for line in REPORT], 1)
+
+
+def test_a_counted_boot_has_one_cpu_and_nothing_random() -> None:
+    spec = boot.machine(Path("/o.qcow2"), Path("/i.qcow2"), icount=True)
+    words = boot.boot_argv(spec, icount=True)
+    assert words[words.index("-accel") + 1] == "tcg"
+    assert words[words.index("-cpu") + 1] == "max,-rdrand,-rdseed"
+    assert words[words.index("-smp") + 1] == "1"
+    assert words[words.index("-icount") + 1] == "shift=0,sleep=off,align=off"
+    assert words[words.index("-rtc") + 1] == "clock=vm"
+
+
+def test_a_timed_boot_is_an_ordinary_one() -> None:
+    words = boot.boot_argv(boot.machine(Path("/o.qcow2"), Path("/i.qcow2"), icount=False), icount=False)
+    assert "-icount" not in words
+    assert words[words.index("-accel") + 1] == "tcg,thread=multi"
+    assert words[words.index("-smp") + 1] == "2"
+
+
+def test_the_report_has_a_serial_port_of_its_own() -> None:
+    words = boot.boot_argv(boot.machine(Path("/o.qcow2"), Path("/i.qcow2"), icount=True), icount=True)
+    ports = [words[i + 1] for i, word in enumerate(words) if word == "-serial"]
+    assert ports[1:] == ["chardev:report"]
+    unit = boot.credentials()["systemd.extra-unit.recvirt-bench.service"].decode()
+    assert "/dev/ttyS1" in unit
+    assert "After=multi-user.target" in unit
+    assert "@" not in unit
+    assert b"recvirt-bench.service" in boot.credentials()["systemd.unit-dropin.multi-user.target"]
+
+
+# -- sizes, the table, the command line --------------------------------------------------------------------------------
+
+
+def test_a_kernels_parts_are_told_apart() -> None:
+    files = {
+        "boot/vmlinuz-1": 10,
+        "boot/initrd.img-1": 20,
+        "usr/lib/modules/1/a.ko": 3,
+        "usr/lib/x": 100,
+        "boot/grub/g": 9,
+    }
+    assert sizes.kernel_bytes(files) == {"kernel": 10, "modules": 3, "initramfs": 20}
+
+
+def test_a_target_is_met_at_its_very_limit_and_missed_above() -> None:
+    assert Row.ratio("x", 50, 100, "s", 0.5).met is True
+    assert Row.ratio("x", 51, 100, "s", 0.5).met is False
+    assert Row.ratio("x", 51, 100, "s", None).met is None
+    assert Row.limit("x", 0.99, "s", 1).met is True
+    assert Row.limit("x", 1.0, "s", 1).met is False
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [(0.4321, "s", "0.43 s"), (43.21, "s", "43.2 s"), (2327.4, "", "2,327"), (184_942_592, "B", "184.9 MB")],
+)
+def test_figures_have_three_digits_or_so(value: float, unit: str, text: str) -> None:
+    assert results.figure(value, unit) == text
+
+
+def test_the_table_says_missed_in_words() -> None:
+    rows = [Row.ratio("slow", 2, 1, "s", 1.0, "why"), Row.limit("fine", 0.5, "s", 1), Row.figure("known", 3, "s")]
+    text = results.markdown([Result("r", rows)], "Measured here.")
+    assert "| slow | 2.00 s | 1.00 s | 200.0 % | at most 100 % | **missed**; why |" in text
+    assert "| fine | 0.50 s |  |  | below 1 s | met |" in text
+    assert "| known | 3.00 s |  |  |  |  |" in text
+    assert text.endswith("\nMeasured here.\n")
+
+
+def test_a_result_survives_its_file() -> None:
+    result = Result("r", [Row.ratio("x", 1, 2, "s", 0.5)], {"k": [1]})
+    assert Result.of_json(json.loads(json.dumps(result.as_json()))) == result
+
+
+def test_the_table_replaces_what_was_between_the_marks() -> None:
+    assert results.insert(f"a\n{BEGIN}\nold\n{END}\nz\n", "new\n") == f"a\n{BEGIN}\nnew\n{END}\nz\n"
+
+
+@pytest.mark.parametrize("text", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{END}"])
+def test_a_readme_without_both_marks_is_left_alone(text: str) -> None:
+    with pytest.raises(ValueError, match="there must be one"):
+        results.insert(text, "new")
+
+
+def test_benchmarks_are_chosen_by_name_in_the_tables_order() -> None:
+    assert run.chosen("sizes, mkosi,") == ["mkosi", "sizes"]
+    with pytest.raises(argparse.ArgumentTypeError, match="no benchmark nonsense; there are mkosi"):
+        run.chosen("sizes,nonsense")
+
+
+def test_a_benchmark_that_fails_leaves_the_others_and_their_earlier_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_site: Site) -> Result:
+        raise StageError("no power", hint="plug it in")
+
+    row = Row.figure("x", 1, "s")
+    monkeypatch.setattr(run, "BENCHMARKS", {"boot": broken, "l2": lambda _site: Result("l2", [row])})
+    said = io.StringIO()
+    monkeypatch.setattr(reporter, "stream", said)
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"boot": {"name": "boot", "rows": [], "facts": {}, "date": "2020-01-01"}}))
+    site = Site(tmp_path, tmp_path, 1, 0.0)
+    assert run.measure(site, ["boot", "l2"], path) == ["boot"]
+    data = run.load(path)
+    assert data["boot"]["date"] == "2020-01-01"
+    assert Result.of_json(data["l2"]).rows == [row]
+    assert "plug it in" in said.getvalue()
+
+
+def test_the_machine_is_named() -> None:
+    assert run.cpu_model("processor : 0\nmodel name\t: A CPU @ 2 GHz\nmodel name\t: B\n") == "A CPU @ 2 GHz"
+    assert "2026-01-02 and 2026-01-03" in run.machine_line(["2026-01-03", "2026-01-02", "2026-01-02"])
