@@ -33,7 +33,7 @@ image: host
 check: lint types unit
 
 lint: dev
-	$(PYTHON) -m ruff check recvirt tests setup.py
+	$(PYTHON) -m ruff check recvirt tests benchmarks setup.py
 
 types: dev
 	$(PYTHON) -m mypy
