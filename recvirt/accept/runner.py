@@ -122,12 +122,15 @@ class _TimeLimit:
 
 
 def parallel_boots(acceptance: Acceptance) -> int:
-    """How many guests at once: a core each at least, and room in memory."""
+    """How many guests at once: a core each at least, and room in memory. One, where others keep the cores busy: a guest
+    that gets too little of them runs into its own systemd's limits of time."""
     if acceptance.options.parallel:
         return acceptance.options.parallel
     each = acceptance.memory_bytes + _QEMU_BYTES
     by_memory = int(_available_bytes() * 0.8 // each)
-    return max(1, min(len(os.sched_getaffinity(0)), by_memory))
+    cores = len(os.sched_getaffinity(0))
+    busy = os.getloadavg()[0] > 1.5 * cores
+    return 1 if busy else max(1, min(cores, by_memory))
 
 
 def _available_bytes() -> int:

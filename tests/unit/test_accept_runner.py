@@ -326,6 +326,13 @@ def test_patience_grows_with_emulation_and_load(monkeypatch: pytest.MonkeyPatch,
 
 def test_boots_at_once_are_bounded_by_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = acceptance(tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1, 2, 3})
+    monkeypatch.setattr("os.getloadavg", lambda: (0.5, 0.0, 0.0))
+    monkeypatch.setattr(runner, "_available_bytes", lambda: 100 * 1024**3)
+    assert runner.parallel_boots(run) == 4
+    monkeypatch.setattr("os.getloadavg", lambda: (20.0, 0.0, 0.0))
+    assert runner.parallel_boots(run) == 1
+    monkeypatch.setattr("os.getloadavg", lambda: (0.5, 0.0, 0.0))
     monkeypatch.setattr(runner, "_available_bytes", lambda: 3 * 1024**3)
     assert runner.parallel_boots(run) == 1
     run.options = Options(parallel=5)

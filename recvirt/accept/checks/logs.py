@@ -10,6 +10,7 @@ from recvirt.accept.results import Failed
 
 #: Kernel messages of priority "err" or worse that are known, and why they are no fault of the image.
 KERNEL_ALLOWED = {
+    r"MP-BIOS bug: 8254 timer not connected": "the timer is calibrated while a busy host keeps the emulator waiting",
     r"mtrr: your CPUs had inconsistent": "QEMU's TCG starts each virtual CPU with its own MTRRs",
     r"amd_pstate: the _CPC object is not present": "a virtual machine has no ACPI CPPC tables",
     r"x86/cpu: SGX disabled": "no virtual SGX",
