@@ -276,3 +276,21 @@ def test_with_nothing_missing_nothing_is_installed(bare: Path, tmp_path: Path) -
     assert "Making" not in bootstrap(bare).stderr
     assert "Making" in bootstrap(bare, DEV="1").stderr
     assert "Making" not in bootstrap(bare, DEV="1").stderr
+
+
+@pytest.mark.parametrize(("answer", "installs"), [("n", False), ("", False), ("y", True)])
+def test_a_person_is_asked_and_heard(bare: Path, tmp_path: Path, answer: str, installs: bool) -> None:
+    put(bare, "sudo", f'echo "sudo $*" >> {tmp_path}/calls; shift; exec "$@"')
+    person, terminal = os.openpty()
+    try:
+        os.write(person, f"{answer}\n".encode())
+        done = subprocess.run(
+            ["/bin/sh", str(ROOT / "scripts/bootstrap.sh")], env={"PATH": str(bare), "VENV": str(tmp_path / "venv")},
+            stdin=terminal, capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+    finally:
+        os.close(person)
+        os.close(terminal)
+    assert "Install them with apt-get through sudo? [y/N]" in done.stderr
+    assert (tmp_path / "calls").exists() is installs
+    assert done.returncode == 4  # nothing was installed, by choice or because this apt-get does nothing
