@@ -17,8 +17,12 @@ from recvirt.ui import reporter
 
 #: Folders that stages share between keys: they make the next build quick, so only ``--all`` empties them.
 SHARED = ("apt", "debs", "sources", "ccache", "downloads")
-#: Those of them in which a file's time says when it was used last (ccache bounds itself).
-_AGING = ("debs", "sources", "downloads")
+#: Those of them whose parts age: pattern, and the file of a part that tells when it was used last ("": the part
+#: itself). ccache bounds itself.
+_AGING = (
+    ("debs/*.deb", ""), ("debs/partial/*", ""), ("downloads/*", ""), ("apt/*/", "updated.json"),
+    ("sources/*/", "source.json"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -128,15 +132,12 @@ def _old_outputs(store: Store, *, days: float | None, max_bytes: int | None) -> 
 
 
 def _old_downloads(store: Store, days: float) -> list[Removal]:
-    latest = time.time() - 86400 * days
-    paths = [path for name in _AGING for path in _entries(store, f"{name}/**/*") if not path.is_dir()]
-    # An archive's state is used whenever its stamp is looked at.
-    paths += [path for path in _entries(store, "apt/*") if path.is_dir()]
     found = []
-    for path in paths:
-        used = _last_used(path, "updated.json") if path.is_dir() else path.lstat().st_mtime
-        if used <= latest:
-            found.append(Removal(path, size_on_disk(path), f"not used for {(time.time() - used) / 86400:.0f} days"))
+    for pattern, stamp in _AGING:
+        for path in _entries(store, pattern):
+            age_days = (time.time() - _last_used(path, stamp)) / 86400
+            if age_days >= days:
+                found.append(Removal(path, size_on_disk(path), f"not used for {age_days:.0f} days"))
     return found
 
 
@@ -147,8 +148,8 @@ def _entries(store: Store, pattern: str) -> list[Path]:
 def _last_used(path: Path, stamp: str = MANIFEST) -> float:
     try:
         return (path / stamp).stat().st_mtime
-    except OSError:
-        return path.lstat().st_mtime
+    except FileNotFoundError:
+        return path.lstat().st_mtime  # half made, and left so
 
 
 def _remove(store: Store, item: Removal, *, dry_run: bool) -> bool:
@@ -164,10 +165,11 @@ def _remove(store: Store, item: Removal, *, dry_run: bool) -> bool:
             return False
         if dry_run:
             return True
-        if not item.path.is_dir():
+        if item.path.is_symlink() or not item.path.is_dir():
             item.path.unlink()
-        elif kind == "objects":
-            remove_for_good(store.set_aside(item.path, rest[0], rest[1]))
-        else:
+        elif kind == "work":
             remove_for_good(item.path)
+        else:
+            # In one step out of sight: what is half deleted must not look whole.
+            remove_for_good(store.set_aside(item.path, *(rest if kind == "objects" else ("shared", kind))))
         return True

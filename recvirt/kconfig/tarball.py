@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import os
 import re
 import urllib.error
 import urllib.request
@@ -32,6 +33,7 @@ def fetch(url: str, sha256: str, folder: Path, *, offline: bool = False) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / sha256
     if target.exists() and sha256_of(target) == sha256:
+        os.utime(target)  # used now: recvirt clean goes by it
         return target
     if offline:
         raise DownloadError(f"offline, and {url} is not in the cache", hint="build once without --offline")

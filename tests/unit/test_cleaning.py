@@ -112,7 +112,7 @@ def test_everything_means_everything(cache: Path) -> None:
 
 
 def test_downloads_age_too(cache: Path) -> None:
-    for name, days in (("debs/a.deb", 3), ("debs/b.deb", 50), ("debs/partial/c.deb", 50), ("sources/d.tar", 50)):
+    for name, days in (("debs/a.deb", 3), ("debs/b.deb", 50), ("debs/partial/c.deb", 50), ("downloads/d.tar", 50)):
         path = cache / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x" * 10_000)
@@ -122,7 +122,23 @@ def test_downloads_age_too(cache: Path) -> None:
         (cache / name / "updated.json").write_text("")
         os.utime(cache / name / "updated.json", (time.time() - days * DAY,) * 2)
     assert sorted(paths(clean(cache, days=30), cache)) == [
-        "apt/trixie-1", "debs/b.deb", "debs/partial/c.deb", "objects/root/old", "sources/d.tar",
+        "apt/trixie-1", "debs/b.deb", "debs/partial/c.deb", "downloads/d.tar", "objects/root/old",
+    ]  # fmt: skip
+
+
+def test_an_unpacked_source_goes_as_a_whole_or_not_at_all(cache: Path) -> None:
+    for name, days in (("sources/used", 1), ("sources/unused", 50)):
+        (cache / name / "tree").mkdir(parents=True)
+        # Its files are as old as the release.
+        for path in (cache / name / "tree/Makefile", cache / name / "tree/Kconfig"):
+            path.write_text("x")
+            os.utime(path, (1, 1))
+        (cache / name / "source.json").write_text("{}")
+        os.utime(cache / name / "source.json", (time.time() - days * DAY,) * 2)
+    (cache / "sources/unused.lock").write_text("")
+    assert sorted(paths(clean(cache, days=30), cache)) == ["objects/root/old", "sources/unused"]
+    assert sorted(path.name for path in (cache / "sources").rglob("*")) == [
+        "Kconfig", "Makefile", "source.json", "tree", "unused.lock", "used",
     ]  # fmt: skip
 
 
@@ -201,23 +217,37 @@ def test_sweeping_takes_leftovers_only(cache: Path) -> None:
     assert len(list((cache / "objects/root").iterdir())) == 3
 
 
-def test_half_removed_does_not_look_whole(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clean that is killed while it deletes must not leave an output that still has its manifest."""
+@pytest.mark.parametrize("what", ["tools", "shared"])
+def test_half_removed_does_not_look_whole(cache: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """A clean that is killed while it deletes must not leave something that still has its manifest."""
+    (cache / "sources" / "key").mkdir(parents=True)
+    (cache / "sources" / "key" / "source.json").write_text("{}")
 
     class Killed(BaseException):
         pass
 
     def killed(folder: Path) -> None:
-        (folder / "data").unlink()
-        raise Killed
+        if what == "tools" or "sources" in folder.name:
+            raise Killed
 
     monkeypatch.setattr("recvirt.cleaning.remove_tree", killed)
     with pytest.raises(Killed):
-        clean(cache, tools=True)
-    assert not (cache / "objects/tools/t").exists()
+        clean(cache, tools=what == "tools", everything=what == "shared")
+    gone = cache / ("objects/tools/t" if what == "tools" else "sources/key")
+    assert not gone.exists()
     monkeypatch.undo()
     sweep(Store(cache))
     assert list((cache / "work").iterdir()) == []
+
+
+def test_a_link_to_another_disk_is_unlinked_not_followed(cache: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "a.deb").write_text("x")
+    (cache / "debs").symlink_to(elsewhere)
+    clean(cache, everything=True)
+    assert not (cache / "debs").is_symlink()
+    assert (elsewhere / "a.deb").exists()
 
 
 def test_sizes_count_what_is_allocated(tmp_path: Path) -> None:
