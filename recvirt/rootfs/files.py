@@ -112,6 +112,7 @@ RULES: tuple[tuple[str, int, Condition], ...] = (
     ("etc/systemd/resolved.conf.d/50-recvirt.conf", 0o644, _always),
     ("etc/systemd/network/50-recvirt.network", 0o644, _always),
     ("etc/systemd/system-preset/50-recvirt.preset", 0o644, _always),
+    ("etc/systemd/system.conf.d/60-recvirt.conf", 0o644, _always),
     (f"{_UNITS}/systemd-networkd-wait-online.service.d/recvirt.conf", 0o644, _always),
     (f"{_UNITS}/serial-getty@.service.d/autologin.conf", 0o644, lambda f: f.root.console_autologin is not None),
     (f"{_UNITS}/recvirt-ssh-keys.service", 0o644, _always),

@@ -36,7 +36,8 @@ _RECVIRT_UNITS = {
 _BASE_UNITS = ("systemd-networkd.service", "systemd-resolved.service", "fstrim.timer")
 #: Both look for LVM, which is not here, at every boot and every week.
 _UNWANTED_UNITS = ("e2scrub_reap.service", "e2scrub_all.timer")
-#: NFS version 4 needs none of these, and two of them listen on the network.
+#: NFS version 4 needs none of these, and two of them listen on the network. nfs-client.target (disabled, not masked)
+#: brings what Kerberos needs.
 _NFS_MASKED = (
     "rpcbind.service",
     "rpcbind.socket",
@@ -92,9 +93,8 @@ def user_lines(user: User) -> list[str]:
     lines = [f"need_group {name} {_Q(group)}" for group in groups]
     lines += [f"[ -x {_Q(user.shell)} ] || {{ say {_Q(f'user {user.name}: no shell {user.shell}')}; exit 1; }}"]
     option = f"--groups {_Q(','.join(groups))} " if groups else ""
-    lines += [
-        f"useradd --create-home --home-dir {home} --user-group --shell {_Q(user.shell)} {option}--password '!' -- {name}"
-    ]
+    words = f"--create-home --home-dir {home} --user-group --shell {_Q(user.shell)} {option}--password '!'"
+    lines += [f"useradd {words} -- {name}"]
     if user.ssh_keys:
         keys = " ".join(_Q(key.strip()) for key in user.ssh_keys)
         lines += [
@@ -138,7 +138,8 @@ def _unit_lines(facts: Facts, file_paths: Sequence[str]) -> list[str]:
     ours = [unit for path, unit in _RECVIRT_UNITS.items() if path in file_paths]
     masked = [*facts.root.masked, *(_NFS_MASKED if "etc/recvirt/nfs.conf" in file_paths else ())]
     lines = [f"systemctl enable {_Q(unit)}" for unit in (*_BASE_UNITS, *ours, *facts.root.services)]
-    lines += [f"systemctl disable {unit}" for unit in _UNWANTED_UNITS]
+    unwanted = [*_UNWANTED_UNITS, *(("nfs-client.target",) if "etc/recvirt/nfs.conf" in file_paths else ())]
+    lines += [f"systemctl disable {unit}" for unit in unwanted]
     return lines + [f"systemctl mask {_Q(unit)}" for unit in masked]
 
 

@@ -90,12 +90,10 @@ def kept_by_dpkg(path: str, is_file: bool, cfg: str) -> bool:
 
 FILES = (
     "usr/share/doc/bash/copyright", "usr/share/doc/bash/README", "usr/share/doc/bash/examples/x",
-    "usr/share/man/man1/a.1.gz", "usr/share/man/de/man1/a.1.gz", "usr/share/locale/de/LC_MESSAGES/x.mo", "usr/share/locale/locale.alias",
-    
-    "usr/share/locale/fr/LC_MESSAGES/x.mo", "usr/share/info/dir", "usr/share/i18n/locales/de_DE",
-    "usr/share/zoneinfo/UTC",
-    "usr/share/qemu/openbios-ppc", "usr/share/qemu/bios.bin", "usr/share/lintian/overrides/x", "usr/bin/man",
-    "usr/share/doc/a b'c/copyright", "usr/share/doc/a b'c/NEWS",
+    "usr/share/man/man1/a.1.gz", "usr/share/man/de/man1/a.1.gz", "usr/share/info/dir", "usr/share/i18n/locales/de_DE",
+    "usr/share/locale/de/LC_MESSAGES/x.mo", "usr/share/locale/locale.alias", "usr/share/locale/fr/LC_MESSAGES/x.mo",
+    "usr/share/zoneinfo/UTC", "usr/share/qemu/openbios-ppc", "usr/share/qemu/bios.bin", "usr/share/lintian/overrides/x",
+    "usr/bin/man", "usr/share/doc/a b'c/copyright", "usr/share/doc/a b'c/NEWS",
 )  # fmt: skip
 LINKS = ("usr/share/doc/libx", "usr/share/man/man1/b.1.gz", "usr/share/zoneinfo/Zulu")
 
