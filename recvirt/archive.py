@@ -176,10 +176,9 @@ class Archive:
         """Whether every signed release file is still the one that apt verified: then an update would change nothing."""
         sources = [source for source in map(parse_source, self.lines) if source]
         try:
-            context = ssl.create_default_context(cafile=str(ca_bundle() or "") or None)
+            opener = _opener(tls=any(source.uri.startswith("https:") for source in sources))
         except OSError:
             return False
-        opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=context))
         with ThreadPoolExecutor(max(1, len(sources))) as pool:
             return all(pool.map(lambda source: self._is_unchanged(source, opener), sources))
 
@@ -313,6 +312,20 @@ class Archive:
             else:
                 left.append(package)
         return left
+
+
+def _opener(*, tls: bool) -> urllib.request.OpenerDirector:
+    """Opens URLs through the proxy that the environment names. Reading certificates takes time: only for ``tls``."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor,
+    ):  # fmt: skip
+        opener.add_handler(handler())
+    if tls:
+        context = ssl.create_default_context(cafile=str(ca_bundle() or "") or None)
+        opener.add_handler(urllib.request.HTTPSHandler(context=context))
+    return opener
 
 
 @contextmanager
