@@ -141,7 +141,7 @@ def _wait_login(outer: Guest, folder: Path, netdev: str) -> SshAccess:
             host, port = address
             access = SshAccess(folder, port, TEST_USER, acceptance.key, host, outer.access.config_path).write()
             try:
-                if access.run("true", check=False, seconds=120).status == 0:
+                if access.run("true", check=False, seconds=240).status == 0:
                     return access
             except CommandError:
                 pass

@@ -13,7 +13,7 @@ import testinfra  # type: ignore[import-untyped]
 
 from recvirt.accept.context import Acceptance
 from recvirt.accept.results import Failed
-from recvirt.errors import GuestError
+from recvirt.errors import CommandError, GuestError
 from recvirt.qemu import CloudConfig, SshAccess, Vm
 from recvirt.qemu.ssh import CONNECT_SECONDS, HOST
 
@@ -130,14 +130,19 @@ class Guest:
         if self.vm is None:
             raise GuestError("a guest inside a guest is not rebooted from here")
         before = self.boot_id()
-        self.access.run("sudo -n systemctl --no-block reboot", check=False, seconds=120)
+        self.out("systemctl --no-block reboot")
         self.access.close_shared()
         self.vm.mark()
+
+        patience = self.acceptance.patience(_COMMAND_SECONDS)
 
         def is_back() -> bool:
             if not self.access.banner():
                 return False
-            done = self.access.run("cat /proc/sys/kernel/random/boot_id", check=False, seconds=120)
+            try:
+                done = self.access.run("cat /proc/sys/kernel/random/boot_id", check=False, seconds=patience)
+            except CommandError:  # it answered too slowly: ask again
+                return False
             return done.status == 0 and done.stdout.strip() not in ("", before)
 
         limit = self.acceptance.patience(self.acceptance.profile.accept.boot_seconds)

@@ -32,6 +32,8 @@ from recvirt.sandbox import ToolsRoot
 QEMU_LOG = "qemu.log"
 _POLL_SECONDS = 0.25
 _TAIL_LINES = 25
+#: For one try of a login: a guest under TCG on a busy machine may need minutes for PAM's first session.
+_LOGIN_SECONDS = 240.0
 _ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|\][^\x07]*\x07|[()][A-Z0-9]|[=>c78])")
 
 
@@ -141,7 +143,7 @@ class Vm:
             if not access.banner():
                 return False
             try:
-                return access.run("true", check=False, seconds=120).status == 0
+                return access.run("true", check=False, seconds=_LOGIN_SECONDS).status == 0
             except CommandError:
                 return False
 
