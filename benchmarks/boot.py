@@ -26,6 +26,7 @@ OURS, STOCK = "default", "debian-kernel"
 _LIMIT = 0.6
 _TIMEOUT_SECONDS = 3600.0
 _MARK = "recvirt-bench"
+_TICK_NS = 10_000_000  # USER_HZ is 100 on x86 (proc_stat(5))
 #: Instructions repeat, so that one nanosecond is one of them; no sleeping while idle; no hardware randomness.
 _ICOUNT = ("-icount", "shift=0,sleep=off,align=off", "-rtc", "clock=vm")
 _ICOUNT_CPU = "max,-rdrand,-rdseed"
@@ -39,10 +40,12 @@ After=multi-user.target
 Type=oneshot
 ExecStart=/bin/sh -c 'exec > /dev/ttyS1; \\
     echo; echo "@MARK@ here"; \\
-    systemctl show -p UserspaceTimestampMonotonic -p InitRDTimestampMonotonic; \\
+    systemctl show -p UserspaceTimestampMonotonic; \\
     systemctl show -p ActiveEnterTimestampMonotonic multi-user.target; \\
     echo "Release=$(uname -r)"; \\
     echo "Failed=$(systemctl list-units --failed --plain --no-legend | wc -l)"; \\
+    read -r _ _ _ _ idle waiting _ < /proc/stat; echo "IdleTicks=$((idle + waiting))"; \\
+    systemd-analyze blame --no-pager | head -n 25; systemd-analyze critical-chain --no-pager | cat; \\
     echo "@MARK@ end"; \\
     exec systemctl --no-block poweroff'
 """
@@ -54,9 +57,9 @@ class Boot:
     """One boot: the guest's clock in nanoseconds from the kernel's start, and seconds on the host from power-on."""
 
     release: str
-    kernel_ns: int  # until the first process that lives on the root (or in the initramfs)
-    initrd_ns: int  # the initramfs' part, 0 without one
+    kernel_ns: int  # until PID 1 of the root runs: the kernel, and the initramfs if there is one
     multi_user_ns: int
+    idle_ns: int  # of all that, waiting for a timer or a device; to 10 ms
     host_seconds: float
 
 
@@ -90,15 +93,13 @@ def parse_report(lines: list[str], host_seconds: float) -> Boot:
     """The report's lines as figures. GuestError when the boot was not a sound one."""
     values = dict(re.findall(r"^(\w+)=(\S+)\s*$", "\n".join(lines), re.M))
     try:
-        initrd, userspace = int(values["InitRDTimestampMonotonic"]), int(values["UserspaceTimestampMonotonic"])
-        multi_user = int(values["ActiveEnterTimestampMonotonic"])
-        release, failed = values["Release"], int(values["Failed"])
+        userspace, multi_user = int(values["UserspaceTimestampMonotonic"]), int(values["ActiveEnterTimestampMonotonic"])
+        release, failed, idle = values["Release"], int(values["Failed"]), int(values["IdleTicks"])
     except (KeyError, ValueError) as error:
         raise GuestError(f"the guest's report is not whole ({error}): {' | '.join(lines)}") from None
     if failed or not multi_user:
         raise GuestError(f"the boot was not a sound one: {failed} failed units; its report: {' | '.join(lines)}")
-    kernel = initrd or userspace
-    return Boot(release, kernel * 1000, (userspace - initrd) * 1000 if initrd else 0, multi_user * 1000, host_seconds)
+    return Boot(release, userspace * 1000, multi_user * 1000, idle * _TICK_NS, host_seconds)
 
 
 def boot_once(tools: ToolsRoot, image: Path, overlay: Path, *, icount: bool, log_path: Path) -> Boot:
@@ -168,13 +169,14 @@ def benchmark(site: Site) -> Result:
 
 
 def count_row(what: str, mine: Boot, other: Boot, limit: float | None) -> Row:
-    """A row of instructions (10^9, by the guest's clock, idle time in it), with the kernel's and initramfs' parts."""
-    note = (
-        f"kernel {mine.kernel_ns / 1e9:.2f}, user space {(mine.multi_user_ns - mine.kernel_ns) / 1e9:.2f}; "
-        f"Debian: kernel {other.kernel_ns / 1e9:.2f}, initramfs {other.initrd_ns / 1e9:.2f}, "
-        f"user space {(other.multi_user_ns - other.kernel_ns - other.initrd_ns) / 1e9:.2f}"
-    )
+    """A row of instructions (10^9, by the guest's clock, idle time in it), with the kernel's part."""
+    note = f"{_parts(mine, 'kernel')}; Debian: {_parts(other, 'kernel and initramfs')}"
     return Row.ratio(what, mine.multi_user_ns / 1e9, other.multi_user_ns / 1e9, "G", limit, note)
+
+
+def _parts(boot: Boot, first: str) -> str:
+    rest = (boot.multi_user_ns - boot.kernel_ns) / 1e9
+    return f"{first} {boot.kernel_ns / 1e9:.2f}, user space {rest:.2f}, idle in all {boot.idle_ns / 1e9:.2f}"
 
 
 def time_row(what: str, timed: dict[str, list[list[Boot]]], which: int, limit: float | None) -> Row:
