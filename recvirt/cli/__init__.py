@@ -144,7 +144,10 @@ pass_app = click.make_pass_decorator(App)
 )  # fmt: skip
 @click.option("-v", "--verbose", is_flag=True, help="Also show each command that is run.")
 @click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors.")
-@click.option("--debug", is_flag=True, help="Add the traceback to an error; keep the folder of a failed stage.")
+@click.option(
+    "--debug", is_flag=True,
+    help="Add the traceback to an error; keep the folder of a failed stage until the next build.",
+)  # fmt: skip
 @click.pass_context
 def cli(
     ctx: click.Context,
