@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from recvirt.accept import boots
@@ -31,16 +32,30 @@ _MAC = "52:54:00:72:76:02"
 _FORWARDED_PORT = 2222
 
 
-def inner_argv(disk: str, seed: str, console: str, netdev: str) -> list[str]:
+@dataclass(frozen=True)
+class Kernel:
+    """What the L1 itself was booted with: its copy has the same partitions, so the same words lead to its root.
+
+    It is handed over directly: a boot loader that reads megabytes by BIOS calls, each some exits of an emulated SVM,
+    takes minutes, and is proved at the first level.
+    """
+
+    path: str
+    initrd: str
+    cmdline: str
+
+
+def inner_argv(disk: str, seed: str, console: str, netdev: str, kernel: Kernel) -> list[str]:
     """QEMU inside the L1."""
+    boot = ["-kernel", kernel.path, "-append", kernel.cmdline, *(["-initrd", kernel.initrd] if kernel.initrd else [])]
     return [
         "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35", "-accel", "kvm",
         "-cpu", "host", "-smp", "2", "-m", f"{INNER_MIB}M", "-device", "virtio-rng-pci",
         "-drive", f"if=none,id=root,format=qcow2,cache=unsafe,file={disk}",
-        "-device", "virtio-blk-pci,drive=root,bootindex=1",
+        "-device", "virtio-blk-pci,drive=root",
         "-drive", f"if=none,id=seed,format=raw,readonly=on,file={seed}", "-device", "virtio-blk-pci,drive=seed",
         "-netdev", netdev, "-device", f"virtio-net-pci,netdev=net0,mac={_MAC},romfile=",
-        "-serial", f"file:{console}", "-qmp", "stdio",
+        "-serial", f"file:{console}", "-qmp", "stdio", *boot,
     ]  # fmt: skip
 
 
@@ -104,10 +119,19 @@ def _network(outer: Guest) -> str:
     return f"bridge,id=net0,br={bridge}"
 
 
+def _kernel_of(outer: Guest) -> Kernel:
+    release = outer.out("uname -r")
+    initrd = f"/boot/initrd.img-{release}"
+    words = [word for word in outer.out("cat /proc/cmdline").split() if not word.startswith("BOOT_IMAGE=")]
+    has_initrd = outer.run(f"test -e {initrd}").status == 0
+    return Kernel(f"/boot/vmlinuz-{release}", initrd if has_initrd else "", " ".join(words))
+
+
 @contextmanager
 def _inner_qemu(outer: Guest, netdev: str) -> Iterator[QmpClient]:
     """QEMU in the L1, with its control connection over SSH's own streams: it ends with the connection."""
-    argv = inner_argv(f"{FOLDER}/disk.qcow2", f"{FOLDER}/seed.img", f"{FOLDER}/console.log", netdev)
+    kernel = _kernel_of(outer)
+    argv = inner_argv(f"{FOLDER}/disk.qcow2", f"{FOLDER}/seed.img", f"{FOLDER}/console.log", netdev, kernel)
     command = f"exec sudo -n {shlex.join(argv)}"
     process = start(
         outer.access.argv(command, shared=False), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
