@@ -18,6 +18,9 @@ KERNEL_ALLOWED = {
     r"SVM: kvm: .*Unhandled (RDMSR|WRMSR)": "an L2's kernel probes a model-specific register that KVM does not offer",
     r"kvm.*: vcpu\d+, guest rIP: .* [Uu]nhandled (RDMSR|WRMSR)": "the same, in newer kernels' words",
     r"tpm.*(TPM interrupt|No TPM chip found)": "no virtual TPM",
+    r"watchdog: watchdog\d+: watchdog did not stop!": (
+        "said at every reboot: systemd hands the running watchdog over, so that a shutdown that hangs still ends"
+    ),
     r"RAS: Correctable Errors collector initialized": "a notice, printed as an error by some kernels",
     r"Failed to query local AF_VSOCK CID": "no vsock device; systemd asks for one on every VM",
     r"system-generators/systemd-ssh-generator failed": "the same",
