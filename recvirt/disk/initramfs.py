@@ -35,7 +35,7 @@ chroot $tree env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 HOME=/root
 rm tmp/kernel.deb
 umount -l proc dev
 rm -f var/lib/dpkg/lock var/lib/dpkg/lock-frontend var/lib/dpkg/triggers/Lock var/lib/dpkg/*-old
-rm -rf tmp/* var/tmp/* run/* var/cache/ldconfig/aux-cache
+rm -rf tmp/* var/tmp/* var/cache/ldconfig/aux-cache
 find . -xdev -mindepth 1 -print0 | LC_ALL=C sort -z >/tmp/after
 LC_ALL=C comm -z -23 /tmp/before /tmp/after >"$3/removed"
 LC_ALL=C comm -z -13 /tmp/before /tmp/after >/tmp/added

@@ -251,6 +251,12 @@ def test_words_in_the_environment_block_are_not_trusted(tree: Tree) -> None:
     assert tree.memory == {"saved_entry": "6.12.10-new"}
 
 
+def test_what_the_block_says_reaches_no_log_unchecked(tree: Tree) -> None:
+    block = f"{HEADER}saved_entry=6.12.1-running\ntried_entry=\x1b[31m$(reboot)\n".ljust(1024, "#")
+    (tree.root / "boot/efi/recvirt/grubenv").write_text(block)
+    assert tree.run("--good") == ""
+
+
 @pytest.mark.parametrize("version", ["", "a b", "$(reboot)", "../x"])
 def test_versions_from_outside_are_checked(tree: Tree, version: str) -> None:
     tree.run("--new", version, status=2 if version == "" else 1)

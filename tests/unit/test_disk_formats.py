@@ -19,15 +19,16 @@ from recvirt.errors import StageError
 OVF = {"o": "http://schemas.dmtf.org/ovf/envelope/1", "v": "http://www.vmware.com/schema/ovf"}
 
 
-def test_a_vhd_footer_adds_up_and_says_fixed() -> None:
-    footer = formats.vhd_footer(3 * MIB, derived_uuid("s", "vhd"), 1_700_000_000)
+@pytest.mark.parametrize("epoch", [1_700_000_000, 1_700_000_001])
+def test_a_vhd_footer_adds_up_and_says_fixed(epoch: int) -> None:
+    footer = formats.vhd_footer(3 * MIB, derived_uuid("s", "vhd"), epoch)
     assert len(footer) == 512
     assert footer.startswith(b"conectix")
     assert struct.unpack_from(">QQ", footer, 40) == (3 * MIB, 3 * MIB)
     assert struct.unpack_from(">I", footer, 60) == (2,)
     stored = struct.unpack_from(">I", footer, 64)[0]
     assert stored == ~sum(footer[:64] + bytes(4) + footer[68:]) & 0xFFFFFFFF
-    assert struct.unpack_from(">I", footer, 24) == (1_700_000_000 - 946_684_800,)
+    assert struct.unpack_from(">I", footer, 24) == (epoch - 946_684_800,)
     assert footer[68:84] == derived_uuid("s", "vhd").bytes
 
 

@@ -68,6 +68,7 @@ def test_the_backup_table_mirrors_the_primary_one() -> None:
     assert struct.unpack_from("<QQ", primary, 24) == (1, SIZE // SECTOR - 1)
     assert struct.unpack_from("<QQ", backup, 24) == (SIZE // SECTOR - 1, 1)
     (lba,) = struct.unpack_from("<Q", backup, 72)
+    assert lba == SIZE // SECTOR - 33
     assert data[lba * SECTOR : lba * SECTOR + 16384] == data[2 * SECTOR : 2 * SECTOR + 16384]
     blank = backup[:16] + bytes(4) + backup[20:92]
     assert struct.unpack_from("<I", backup, 16)[0] == zlib.crc32(blank)
