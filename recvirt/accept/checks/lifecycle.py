@@ -12,7 +12,7 @@ _APT = "apt-get -q -o DPkg::Lock::Timeout=120 -o Acquire::Retries=1 -o Acquire::
 @check("apt-upgrade", "second")
 def apt_upgrade(guest: Guest) -> str:
     """apt update and upgrade work inside the image, where the archive can be reached"""
-    printed = guest.out("apt-get -qq --print-uris update")
+    printed = guest.out("apt-get -q --print-uris update")
     uris = [word.strip("'") for word in printed.split() if word.startswith("'")]
     if not uris:
         raise Failed("the image has no package sources")
