@@ -20,7 +20,7 @@ from recvirt.model import Profile, Root
 from recvirt.rootfs import bootstrap, localrepo, script
 from recvirt.rootfs.files import IMAGE_KEYRING, Facts, TreeFile, image_sources, render_files
 from recvirt.rootfs.lists import read_lists
-from recvirt.rootfs.memory import workspace
+from recvirt.rootfs.memory import SANDBOX_TMP, workspace
 from recvirt.rootfs.overlay import Overlay, read_overlay, write_devices_tar, write_files_tar, write_overlay_tar
 from recvirt.rootfs.selection import depends_of, missing_basics, packages_wanted
 from recvirt.stages.base import Context, Work
@@ -175,19 +175,20 @@ def run_bootstrap(inputs: RootInputs, work: Work, repo: Path, epoch: int, names:
     """Bootstrap into ``root.tar``."""
     dpkg_cfg = next(file.data.decode() for file in inputs.files if file.path == "etc/dpkg/dpkg.cfg.d/recvirt")
     argv = _bootstrap_argv(inputs, work, epoch, names, dpkg_cfg)
-    total = len(inputs.packages)
     need = int(sum(package.size_bytes for package in inputs.packages) * _UNPACKED_RATIO)
-    tree_dir, in_memory = workspace(need, work.scratch)
-    reporter.detail(f"the tree ({format_bytes(need)}) is made in {'memory' if in_memory else tree_dir}")
-    progress = bootstrap.ConfiguredCounter(total, reporter.progress)
-    work.context.tools.run(
-        bootstrap.inside_namespace(argv, str(repo)),
-        writable=[work.scratch, work.out],
-        all_ids=True,
-        env={"TMPDIR": tree_dir, "SOURCE_DATE_EPOCH": str(epoch), "PYTHONHASHSEED": "0"},
-        log_path=work.log,
-        on_line=progress,
-    )
+    counter = bootstrap.ConfiguredCounter(len(inputs.packages), reporter.progress)
+    context = work.context
+    with workspace(need, context.tools, context.cache_dir / "trees") as tree_dir:
+        where = "in memory" if tree_dir == SANDBOX_TMP else f"in {tree_dir}: memory is too small for it"
+        reporter.info(f"the tree (about {format_bytes(need)}) is made {where}")
+        context.tools.run(
+            bootstrap.inside_namespace(argv, str(repo)),
+            writable=[work.scratch, work.out, *([] if tree_dir == SANDBOX_TMP else [tree_dir])],
+            all_ids=True,
+            env={"TMPDIR": str(tree_dir), "SOURCE_DATE_EPOCH": str(epoch), "PYTHONHASHSEED": "0"},
+            log_path=work.log,
+            on_line=counter,
+        )
 
 
 def _bootstrap_argv(inputs: RootInputs, work: Work, epoch: int, names: list[str], dpkg_cfg: str) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -11,8 +13,9 @@ from recvirt.data import data_path
 from recvirt.errors import VerificationError
 from recvirt.model import Profile, Root
 from recvirt.rootfs.localrepo import epoch_of, packages_text, read_deb, source_line, write_repo
-from recvirt.rootfs.memory import SANDBOX_TMP, fits_in_memory, workspace
+from recvirt.rootfs.memory import SANDBOX_TMP, fits_in_memory, sweep, workspace
 from recvirt.rootfs.selection import depends_of, missing_basics, packages_wanted
+from recvirt.sandbox import ToolsRoot
 from tests.support.debs import control_text, make_deb
 
 GIB = 1024**3
@@ -136,8 +139,41 @@ def test_unreadable_facts_mean_disk() -> None:
     assert not fits_in_memory(1, "")
 
 
+class FakeTools:
+    """Removes what it is told to remove."""
+
+    def __init__(self) -> None:
+        self.removed: list[str] = []
+
+    def run(self, argv: list[str], **_: object) -> None:
+        assert argv[:3] == ["rm", "-rf", "--one-file-system"]
+        self.removed.append(Path(argv[3]).name)
+        shutil.rmtree(argv[3])
+
+
 def test_the_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recvirt.rootfs.memory.fits_in_memory", lambda need, text: need < 10)
-    assert workspace(1, tmp_path) == (SANDBOX_TMP, True)
-    folder, in_memory = workspace(100, tmp_path)
-    assert not in_memory and Path(folder).is_dir() and Path(folder).is_relative_to(tmp_path)
+    fake = FakeTools()
+    tools = cast(ToolsRoot, fake)
+    trees = tmp_path / "trees"
+    with workspace(1, tools, trees) as folder:
+        assert folder == SANDBOX_TMP
+    with workspace(100, tools, trees) as folder:
+        assert folder.is_dir() and folder.parent == trees
+        # Another build meanwhile leaves it alone.
+        sweep(tools, trees)
+        assert folder.is_dir()
+    assert not list(trees.iterdir())
+    # What a killed build left goes with the next one.
+    (trees / "4711/etc").mkdir(parents=True)
+    (trees / "4711.lock").write_text("")
+    with workspace(1, tools, trees):
+        assert not list(trees.iterdir())
+    assert fake.removed[-1] == "4711"
+
+
+def test_the_workspace_is_put_away_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recvirt.rootfs.memory.fits_in_memory", lambda need, text: False)
+    with pytest.raises(RuntimeError), workspace(1, cast(ToolsRoot, FakeTools()), tmp_path / "trees"):
+        raise RuntimeError
+    assert not list((tmp_path / "trees").iterdir())
