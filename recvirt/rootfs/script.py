@@ -72,7 +72,8 @@ def inside_script(facts: Facts, file_paths: Sequence[str]) -> str:
     lines += [f"mkdir -p -m 755 {folder}" for folder in _FOLDERS]
     lines += _unit_lines(facts, file_paths)
     if facts.has("initramfs-tools"):
-        lines += ["update-initramfs -u -k all"]
+        # Once, now that fstab is there: the kernel's own scripts were told to leave it (INITRD=No).
+        lines += ['for folder in /usr/lib/modules/*/; do update-initramfs -c -k "$(basename "$folder")"; done']
     return "\n".join(lines) + "\n"
 
 

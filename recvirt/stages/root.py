@@ -185,7 +185,13 @@ def run_bootstrap(inputs: RootInputs, work: Work, repo: Path, epoch: int, names:
             bootstrap.inside_namespace(argv, str(repo)),
             writable=[work.scratch, work.out, *([] if tree_dir == SANDBOX_TMP else [tree_dir])],
             all_ids=True,
-            env={"TMPDIR": str(tree_dir), "SOURCE_DATE_EPOCH": str(epoch), "PYTHONHASHSEED": "0"},
+            env={
+                "TMPDIR": str(tree_dir),
+                "SOURCE_DATE_EPOCH": str(epoch),
+                "PYTHONHASHSEED": "0",
+                # Kernel packages make no initramfs: the inside script does, when everything is in place.
+                "INITRD": "No",
+            },  # fmt: skip
             log_path=work.log,
             on_line=counter,
         )

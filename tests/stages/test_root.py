@@ -203,6 +203,9 @@ def check_users(tree: Tree) -> None:
     shadow = {line.split(":")[0]: line.split(":") for line in tree.text("etc/shadow").splitlines()}
     assert all(fields[1].startswith(("!", "*")) for fields in shadow.values())
     assert shadow["root"][1].startswith("!")
+    # The day of the newest package, not of the build.
+    epoch = max(member.mtime for member in tree.values())
+    assert {fields[2] for fields in shadow.values()} == {str(int(epoch) // 86400)}
     groups = {line.split(":")[0]: line.split(":")[3].split(",") for line in tree.text("etc/group").splitlines()}
     assert "ada" in groups["sudo"] and "ada" in groups["systemd-journal"]
     keys = tree["home/ada/.ssh/authorized_keys"]
