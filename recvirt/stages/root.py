@@ -191,7 +191,7 @@ def run_bootstrap(inputs: RootInputs, work: Work, repo: Path, epoch: int, names:
                 "PYTHONHASHSEED": "0",
                 # Kernel packages make no initramfs: the inside script does, when everything is in place.
                 "INITRD": "No",
-            },  # fmt: skip
+            },
             log_path=work.log,
             on_line=counter,
         )
