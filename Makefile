@@ -39,7 +39,7 @@ types: dev
 	$(PYTHON) -m mypy
 
 unit: dev
-	$(PYTHON) -m pytest -q -n auto tests/unit
+	$(PYTHON) -m pytest -q -n auto -m "not slow" tests/unit
 
 acceptance: host
 	$(RECVIRT) test $(TEST_FLAGS) $(PROFILE)

@@ -80,3 +80,8 @@ def test_clean_leaves_what_git_knows() -> None:
     assert swept == ["rm -rf build/* .cache .venv"]
     tracked = subprocess.check_output(["git", "ls-files", "build", ".cache", ".venv"], cwd=ROOT, text=True)
     assert tracked.split() in ([], ["build/.gitkeep"])
+
+
+def test_slow_tests_run_with_the_stages_only() -> None:
+    assert any('-m "not slow" tests/unit' in line for line in recipe("unit"))
+    assert any("tests/unit -m slow" in line for line in recipe("stage-tests"))
