@@ -265,7 +265,8 @@ def test_a_full_disk_leaves_what_was_whole(lab: Lab) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_cleanly(lab: Lab, number: signal.Signals) -> None:
-    process, group = lab.hanging()
+    # Under nohup(1) the tests themselves ignore SIGHUP, and children inherit that.
+    process, group = lab.hanging(preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
     process.send_signal(number)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130

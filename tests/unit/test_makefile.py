@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -19,10 +20,13 @@ TARGETS = re.search(r"^\.PHONY: ((?:.*\\\n)*.*)", TEXT, re.MULTILINE)[1].replace
 
 
 def recipe(target: str, *variables: str) -> list[str]:
-    """What make would run."""
+    """What make would run, whatever the make or shell around the tests has set."""
+    ours = {"YES", "DEV", "VENV", "PROFILE", "BUILD_FLAGS", "TEST_FLAGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS"}
     said = subprocess.run(
-        ["make", "-n", "--no-print-directory", target, *variables], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+        ["make", "-n", "--no-print-directory", target, *variables],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+        env={name: value for name, value in os.environ.items() if name not in ours},
+    )  # fmt: skip
     return said.stdout.splitlines()
 
 
