@@ -116,7 +116,10 @@ def kernel_config(guest: Guest) -> str:
         if running.get(name) != wanted.get(name) and not name.startswith(_TOOLCHAIN)
     )
     if different:
-        raise Failed(f"{len(different)} symbols differ: " + "; ".join(different[:12]))
+        text = f"{len(different)} symbols differ: " + "; ".join(different[:12])
+        if running.get("LOCALVERSION") != wanted.get("LOCALVERSION"):
+            text += "\nthe image is of another build than the configuration beside it: recvirt build makes them one"
+        raise Failed(text)
     return f"{len(wanted)} symbols agree"
 
 
