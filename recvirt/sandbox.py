@@ -75,7 +75,9 @@ class ToolsRoot:
             mapping = [] if os.geteuid() == 0 else ["--user", "--map-auto", "--map-root-user"]
             if mapping:
                 find_tool("newuidmap")
-            words += [find_tool("unshare"), *mapping, "--mount", "--pid", "--fork", "--kill-child", "--"]
+            words += [find_tool("unshare"), *mapping, "--mount", "--pid", "--fork", "--kill-child"]
+            # bwrap looks its child up in /proc, which must be that of the new PID namespace.
+            words += ["--mount-proc", "--"]
         words += [find_tool("bwrap"), "--die-with-parent", "--unshare-pid", "--unshare-ipc", "--unshare-uts"]
         if not all_ids and os.geteuid() != 0:
             words += ["--unshare-user", "--uid", "0", "--gid", "0"]

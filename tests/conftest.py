@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-_LEAKING = ("RECVIRT_CACHE_DIR", "RECVIRT_BUILD_DIR", "XDG_CACHE_HOME", "GITHUB_ACTIONS")
+from recvirt.ui import reporter
+
+_LEAKING = ("RECVIRT_CACHE_DIR", "RECVIRT_BUILD_DIR", "XDG_CACHE_HOME", "GITHUB_ACTIONS", "MAKEFLAGS", "MFLAGS", "YES")
 
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in _LEAKING:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _same_reporter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test does to the one reporter ends with it."""
+    for name in ("mode", "stream", "verbose", "quiet"):
+        monkeypatch.setattr(reporter, name, getattr(reporter, name))

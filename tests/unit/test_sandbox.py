@@ -10,6 +10,7 @@ import pytest
 
 from recvirt import sandbox
 from recvirt.errors import CommandError
+from recvirt.run import quote, run
 from recvirt.sandbox import ToolsRoot
 
 
@@ -61,7 +62,7 @@ def test_as_a_user_only_one_id_is_mapped_unless_all_are_wanted(tools: ToolsRoot)
     argv = tools.argv(["true"], all_ids=True)
     assert argv[:4] == ["/usr/bin/unshare", "--user", "--map-auto", "--map-root-user"]
     assert "--unshare-user" not in argv
-    assert has(argv, "--kill-child", "--", "/usr/bin/bwrap")
+    assert has(argv, "--kill-child", "--mount-proc", "--", "/usr/bin/bwrap")
 
 
 @pytest.mark.usefixtures("as_root")
@@ -154,3 +155,13 @@ def test_all_ids_can_own_files(host: ToolsRoot, tmp_path: Path) -> None:
     script = f"touch {tmp_path}/w/f && chown 33:44 {tmp_path}/w/f && stat -c %u:%g {tmp_path}/w/f && rm {tmp_path}/w/f"
     (tmp_path / "w").mkdir()
     assert host.run(["sh", "-c", script], writable=[tmp_path / "w"], all_ids=True).stdout == "33:44\n"
+
+
+def test_all_ids_do_not_depend_on_what_runs_outside(host: ToolsRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container number 2 may be nobody: bwrap must find its child in a /proc of the same PID namespace."""
+    mapping = [] if os.geteuid() == 0 else ["--user", "--map-auto", "--map-root-user"]
+    container = ["unshare", *mapping, "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"]
+    monkeypatch.setattr(os, "geteuid", lambda: 0)  # as it is in the container
+    inner = quote(host.argv(["true"], all_ids=True))
+    done = run([*container, "sh", "-c", f"/bin/true; /bin/true; {inner}; status=$?; exit $status"], check=False)
+    assert (done.status, done.stderr) == (0, "")
