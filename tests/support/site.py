@@ -122,6 +122,17 @@ class Site:
                 found[int(entry.name)] = words
         return found
 
+    def children(self, name: str) -> list[int]:
+        """Programs of this name among the holders."""
+        found = []
+        for pid in self.holders():
+            try:
+                if Path(f"/proc/{pid}/comm").read_text().strip() == name:
+                    found.append(pid)
+            except OSError:
+                continue
+        return found
+
     def assert_quiet(self, seconds: float = 10) -> None:
         """No process and no mount of ours is left."""
         end = time.monotonic() + seconds
