@@ -119,6 +119,7 @@ RULES: tuple[tuple[str, int, Condition], ...] = (
     (f"{_UNITS}/recvirt-nfs.service", 0o644, _nfs),
     (f"{_UNITS}/recvirt-nfs.path", 0o644, _nfs),
     (f"{_UNITS}/recvirt-libvirt-network.service", 0o644, _libvirt),
+    (f"{_UNITS}/recvirt-ssl-cert.service", 0o644, lambda f: f.has("ssl-cert")),
     ("etc/tmpfiles.d/recvirt.conf", 0o644, _always),
     ("usr/lib/recvirt/ssh-keys", 0o755, _always),
     ("usr/lib/recvirt/nfs-apply", 0o755, _nfs),

@@ -32,6 +32,7 @@ _RECVIRT_UNITS = {
     "etc/systemd/system/recvirt-nfs.service": "recvirt-nfs.service",
     "etc/systemd/system/recvirt-nfs.path": "recvirt-nfs.path",
     "etc/systemd/system/recvirt-libvirt-network.service": "recvirt-libvirt-network.service",
+    "etc/systemd/system/recvirt-ssl-cert.service": "recvirt-ssl-cert.service",
 }
 _BASE_UNITS = ("systemd-networkd.service", "systemd-resolved.service", "fstrim.timer")
 #: Both look for LVM, which is not here, at every boot and every week.
