@@ -44,6 +44,7 @@ def test_the_command_line_finds_its_root_without_an_initramfs() -> None:
     assert {"rootfstype=ext4", "panic=10", "console=tty0"} <= set(words)
     assert [word for word in words if word.startswith("console=")][-1] == "console=ttyS0,115200"
     assert words[-1] == "mitigations=auto", "the profile's words come last and win"
+    assert "gpt" in words, "a torn primary partition table would leave the root unfound, though its backup is whole"
     assert any(word.startswith("rootwait=") for word in words), "without a limit a lost disk would hang for ever"
 
 
