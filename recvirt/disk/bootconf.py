@@ -20,7 +20,7 @@ def command_line(layout: Layout, filesystem: str, extra: Iterable[str]) -> str:
         f"rootfstype={filesystem}",
         "ro",
         # A power cut while the first boot grows the partition table can leave the primary one torn; with this word the
-        # kernel takes the backup at the disk's end (block/partitions/efi.c), and systemd-repart mends the primary.
+        # kernel takes the backup at the disk's end (block/partitions/efi.c).
         "gpt",
         # Disks may appear late; without an initramfs nobody else waits. With a limit, so that a kernel that can't see
         # its disk panics and the next boot takes the last good one.
