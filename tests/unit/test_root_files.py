@@ -20,7 +20,10 @@ from recvirt.rootfs.files import IMAGE_KEYRING, RULES, Facts, TreeFile, image_so
 TEMPLATES = data_path("templates", "root")
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIo1pM4cKk1W6hS0ZcPzj5hV4Bd4bZC2QFSYtE6jYQ2b someone@somewhere"
 EVERYTHING = frozenset(
-    "systemd cloud-init libvirt-daemon-config-network libvirt-clients nfs-common initramfs-tools locales ssl-cert".split()
+    (
+        "systemd cloud-init libvirt-daemon-config-network libvirt-clients nfs-common initramfs-tools locales"
+        " ssl-cert"
+    ).split()
 )
 BOTH = ["http://archive.example/debian trixie main", "http://sec.example/s trixie-security main"]
 DEFAULT_LINES = [f"deb {line}" for line in BOTH]
