@@ -130,6 +130,8 @@ def main() -> int:
     failed = [] if options.from_results else measure(site, options.only, path)
     data = {name: load(path)[name] for name in BENCHMARKS if name in load(path)}
     table = markdown([Result.of_json(item) for item in data.values()], machine_line([d["date"] for d in data.values()]))
+    if not data:
+        return 1
     print(json.dumps(data, indent=1) if options.json else table)
     if options.write_readme:
         readme = CHECKOUT / "README.md"

@@ -58,7 +58,19 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "zstd",
     ),
     # What benchmarks/run.py measures against. mkosi's own dependencies bring repart, ukify and the EFI boot loader.
-    "mkosi": ("mkosi", "systemd-boot", "uidmap", "dosfstools", "mtools", "e2fsprogs", "cpio", "zstd", "python3-pefile"),
+    # reprepro: mkosi's own way to take a package that is not in an archive, here our kernel.
+    "mkosi": (
+        "mkosi",
+        "systemd-boot",
+        "uidmap",
+        "dosfstools",
+        "mtools",
+        "e2fsprogs",
+        "cpio",
+        "zstd",
+        "python3-pefile",
+        "reprepro",
+    ),
 }
 
 
