@@ -39,6 +39,8 @@ def publish(outputs: Mapping[str, Output], product_dir: Path) -> list[Path]:
     wanted = {stage: _products_of(stage, output) for stage, output in outputs.items() if stage in PRODUCTS}
     with (product_dir / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in product_dir.glob(".*.part-*"):
+            left.unlink()  # a killed run's; whoever is alive would hold the lock
         before = _read_list(product_dir)
         after = {**before, **{stage: sorted(files) for stage, files in wanted.items()}}
         # Told before it is done: a killed run's successor knows what may be there.

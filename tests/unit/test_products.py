@@ -121,8 +121,10 @@ def test_a_killed_publication_is_cleared_up_by_the_next(
         patch.setattr(products, "link_or_copy", killed)
         publish({"image": second}, folder)
     assert names(folder) == ["disk.qcow2", "disk.raw"]
+    (folder / ".disk.vmdk.part-1-2").write_text("half")
     publish({"image": make(tmp_path, "k3", {"disk.vhd": "h"})}, folder)
     assert names(folder) == ["disk.vhd"], "also what the killed one had made"
+    assert not list(folder.glob(".disk*"))
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '{"image": 5}', '{"image": ["../../precious", "/precious"]}'])
