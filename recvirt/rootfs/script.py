@@ -22,8 +22,9 @@ MACHINE_FILES = (
     "/var/lib/dbus/machine-id", "/var/lib/cloud/*", "/root/.ssh", "/root/.bash_history",
 )  # fmt: skip
 _BUILD_FILES = (
-    "/var/log/apt/*", "/var/log/*.log", "/var/log/journal/*", "/var/cache/apt/*.bin", "/var/cache/apt/archives/*.deb",
-    "/var/cache/debconf/*-old", "/var/lib/dpkg/*-old", "/var/cache/ldconfig/aux-cache", "/var/lib/apt/lists/*",
+    "/var/log/apt/*", "/var/log/*.log", "/var/log/journal/*", "/var/cache/apt/*.bin", "/var/cache/apt/archives/*",
+    "/var/cache/debconf/*-old", "/var/cache/debconf/tmp.ci", "/var/lib/dpkg/available", "/var/lib/dpkg/cmethopt",
+    "/usr/share/info/dir", "/var/lib/dpkg/*-old", "/var/cache/ldconfig/aux-cache", "/var/lib/apt/lists/*",
     "/etc/dpkg/dpkg.cfg.d/99mmdebstrap", "/etc/apt/apt.conf.d/99mmdebstrap", "/etc/apt/sources.list.d/0000*",
     "/tmp/*", "/var/tmp/*", "/run/lock/*",
 )  # fmt: skip

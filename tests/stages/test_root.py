@@ -239,7 +239,7 @@ def check_overlay_and_hooks(tree: Tree) -> None:
 
 
 def check_policy(tree: Tree, packages: Path) -> None:
-    assert "usr/share/doc/bash/copyright" in tree and "usr/share/doc/openssh-server/copyright" in tree
+    assert "usr/share/doc/bash/copyright" in tree and "usr/share/doc/systemd/copyright" in tree
     texts = [name for name, member in tree.items() if name.startswith("usr/share/doc/") and member.isreg()]
     assert {Path(name).name for name in texts} == {"copyright"}
     assert not [
@@ -282,10 +282,14 @@ def test_debootstrap_makes_the_same_system(build: Build) -> None:
     assert (with_mmdebstrap / "packages.json").read_text() == (with_debootstrap / "packages.json").read_text()
     ours, theirs = Tree(with_mmdebstrap / "root.tar"), Tree(with_debootstrap / "root.tar")
     check_nothing_of_one_machine(theirs)
-    differing = set(ours) ^ set(theirs)
-    assert not differing
-    modes = {name: (m.mode, m.type) for name, m in ours.items()}
-    assert {name: (m.mode, m.type) for name, m in theirs.items()} == modes
+    # What it leaves by its own way of starting, besides.
+    assert set(ours) ^ set(theirs) <= {"var/lib/dpkg/arch", "var/lib/dpkg/alternatives/builtins.7.gz"}
+    common = set(ours) & set(theirs)
+    assert [name for name in sorted(common) if kind(ours[name]) != kind(theirs[name])] == []
+
+
+def kind(member: tarfile.TarInfo) -> tuple[int, bytes]:
+    return member.mode, member.type
 
 
 def test_a_hook_that_fails_ends_the_build_and_is_named(build: Build, tmp_path: Path) -> None:
