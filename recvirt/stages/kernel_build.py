@@ -2,8 +2,8 @@
 
 Outputs: ``linux-image.deb``, ``vmlinuz``, ``config``, ``release`` (``uname -r``), ``build-info.json``.
 The same configuration, source and tools give the same package: compiled at fixed paths inside the sandbox, with the
-source's own time, a fixed builder, and no key made on the way. ccache makes a second build of nearly the same kernel
-short.
+source's own time, a fixed builder, and no key made on the way. What was compiled is kept for the next kernel of the
+same source, where kbuild compiles only what a changed symbol touches; ccache serves when there is no such copy.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from pathlib import Path
@@ -27,7 +28,7 @@ from recvirt.kconfig.source import UNPACKED_BYTES, Source, Unpacked, ensure_sour
 from recvirt.kconfig.toolchain import build_tools, compiler
 from recvirt.model import Profile
 from recvirt.stages.base import Context, Work
-from recvirt.store import Upstream
+from recvirt.store import Upstream, remove_tree
 from recvirt.ui import format_bytes, format_seconds, reporter
 
 ARCH = "x86_64"
@@ -102,11 +103,50 @@ class KernelBuild:
         builder.install_modules()
         deb = builder.pack()
         builder.write_outputs(deb, meter, seconds)
+        builder.keep_objects()
 
     def space_bytes(self, inputs: KernelBuildInputs) -> int:
         """Room for the source and the objects."""
         del inputs
         return UNPACKED_BYTES + _OBJECTS_BYTES
+
+
+class KeptObjects:
+    """The objects of the last build of one source, made by the same tools.
+
+    Taken and given by renaming: a build that is killed loses them and nothing half-made is ever left; of two builds at
+    once, one takes them.
+    """
+
+    STAMP = "recvirt-tools"
+
+    def __init__(self, folder: Path, tools: Sequence[str]) -> None:
+        self.folder = folder
+        self.stamp = "\n".join(tools) + "\n"
+
+    def take(self, target: Path) -> bool:
+        """Move the objects to ``target`` (which must not exist), or make it as an empty folder."""
+        try:
+            self.folder.rename(target)
+        except FileNotFoundError:
+            target.mkdir(parents=True)
+            return False
+        stamp = target / self.STAMP
+        if stamp.is_file() and stamp.read_text() == self.stamp:
+            stamp.unlink()
+            return True
+        remove_tree(target)
+        target.mkdir()
+        return False
+
+    def give(self, source: Path) -> None:
+        """Move a finished build's objects here, in place of older ones (which end beside ``source``)."""
+        (source / self.STAMP).write_text(self.stamp)
+        with suppress(FileNotFoundError):
+            self.folder.rename(source.with_name("older-objects"))
+        # Another build may have been quicker: one copy is enough.
+        with suppress(OSError):
+            source.rename(self.folder)
 
 
 def make_env(epoch: int, compiler_pin: str) -> dict[str, str]:
@@ -119,6 +159,9 @@ def make_env(epoch: int, compiler_pin: str) -> dict[str, str]:
         "SOURCE_DATE_EPOCH": str(epoch),
         "CCACHE_DIR": str(INSIDE_CCACHE),
         "CCACHE_MAXSIZE": CCACHE_SIZE,
+        # Without the preprocessor: running it costs half as much as compiling. Objects are then found by the contents
+        # of all that they include, the configuration among it; when that changes, the kept objects serve.
+        "CCACHE_DEPEND": "1",
         # The compiler's package is a better witness than its file's time, which each tools root sets anew.
         "CCACHE_COMPILERCHECK": f"string:{compiler_pin}",
         "CCACHE_STATSLOG": str(INSIDE_BUILD / "ccache.log"),
@@ -133,7 +176,9 @@ class _Builder:
         self.config_path = work.upstream_dirs["kernel_config"] / "config"
         self.build_dir = work.scratch / "build"
         self.package_dir = self.build_dir / "package"
-        self.package_dir.mkdir(parents=True)
+        self.kept = KeptObjects(work.context.cache_dir / "sources" / f"{inputs.source.key}.objects", inputs.tools)
+        self.kept.take(self.build_dir)
+        self.package_dir.mkdir()
         self.ccache_dir = work.context.cache_dir / "ccache"
         self.ccache_dir.mkdir(parents=True, exist_ok=True)
         self.steps_path = self.ccache_dir / f"steps-{inputs.source.key}"
@@ -233,14 +278,22 @@ class _Builder:
         (out / "release").write_text(self.release + "\n")
         info = self._info(meter, seconds)
         (out / "build-info.json").write_text(json.dumps(info, indent=1) + "\n")
-        for warning in meter.warnings[:5]:
-            reporter.warn(f"kernel: {warning}")
+        for warning in meter.warnings:
+            reporter.detail(f"kernel: {warning}")
         sizes = info["bytes"]
         reporter.info(
             f"{self.release}: image {format_bytes(sizes['vmlinuz'])}, {info['modules']} modules "
             f"{format_bytes(sizes['modules'])}, package {format_bytes(sizes['package'])}; "
             f"{format_seconds(meter.cpu_seconds)} of CPU time"
         )
+
+    def keep_objects(self) -> None:
+        """Leave what was compiled to the next build, unless debug information makes it huge."""
+        config = parse_dotconfig(self.config_path.read_text(encoding="utf-8"))
+        if config.get("DEBUG_INFO", "n") == "n":
+            remove_tree(self.package_dir)
+            (self.build_dir / "ccache.log").unlink(missing_ok=True)
+            self.kept.give(self.build_dir)
 
     def _info(self, meter: Meter, seconds: float) -> dict[str, Any]:
         source = self.inputs.source

@@ -135,6 +135,16 @@ def build_tiny(profile: Profile, context: Context, folder: Path) -> Work:
     return work
 
 
+def cold_cache(cached: Context, folder: Path) -> Context:
+    """A cache in which nothing is but what the archive said and the unpacked sources, so nothing was compiled before."""
+    (folder / "sources").mkdir(parents=True)
+    for name in ("apt", "debs"):
+        (folder / name).symlink_to(cached.cache_dir / name)
+    for path in (cached.cache_dir / "sources").glob("*/source.json"):
+        (folder / "sources" / path.parent.name).symlink_to(path.parent)
+    return dataclasses.replace(cached, cache_dir=folder)
+
+
 def boot(tools: ToolsRoot, work: Work) -> str:
     busybox = (tools.rootfs / "usr/bin/busybox").read_bytes()
     entries = [
@@ -154,7 +164,8 @@ def boot(tools: ToolsRoot, work: Work) -> str:
 def test_a_kernel_is_built_boots_installs_and_repeats(
     tiny: Profile, cached: Context, tools: ToolsRoot, tmp_path: Path
 ) -> None:
-    first = build_tiny(tiny, cached, tmp_path / "first")
+    configure(tiny, cached, tmp_path / "unpack")
+    first = build_tiny(tiny, cold_cache(cached, tmp_path / "cache-1"), tmp_path / "first")
     release = (first.out / "release").read_text().strip()
     info = json.loads((first.out / "build-info.json").read_text())
     assert info["warnings"] == [] and info["modules"] == 1 and info["steps"] > 300
@@ -177,15 +188,17 @@ def test_a_kernel_is_built_boots_installs_and_repeats(
     assert done.stdout == ""
 
     # Elsewhere, with nothing compiled before, fewer jobs and another time: the same bytes.
-    (tmp_path / "cache").mkdir()
-    for name in ("sources", "apt", "debs"):
-        (tmp_path / "cache" / name).symlink_to(cached.cache_dir / name)
-    elsewhere = dataclasses.replace(cached, cache_dir=tmp_path / "cache", jobs=1)
+    elsewhere = dataclasses.replace(cold_cache(cached, tmp_path / "cache-2"), jobs=1)
     second = build_tiny(tiny, elsewhere, tmp_path / "deeper" / "second")
     assert json.loads((second.out / "build-info.json").read_text())["ccache"]["hits"] < 10
     assert (second.out / "linux-image.deb").read_bytes() == deb.read_bytes()
 
-    # And what was compiled already is not compiled again.
+    # A change of the configuration compiles what it touches, and the way back leads to the same bytes.
+    fragment = Path(tiny.kernel.fragments[0])
+    fragment.write_text(TINY + "CONFIG_IKCONFIG=y\n")
+    changed = build_tiny(tiny, elsewhere, tmp_path / "changed")
+    steps = [json.loads((work.out / "build-info.json").read_text())["steps"] for work in (second, changed)]
+    assert steps[1] < 0.5 * steps[0] and (changed.out / "vmlinuz").read_bytes() != (first.out / "vmlinuz").read_bytes()
+    fragment.write_text(TINY)
     third = build_tiny(tiny, elsewhere, tmp_path / "third")
-    counts = json.loads((third.out / "build-info.json").read_text())["ccache"]
-    assert counts["misses"] < 0.05 * counts["hits"]
+    assert (third.out / "linux-image.deb").read_bytes() == deb.read_bytes()

@@ -11,7 +11,7 @@ import pytest
 
 from recvirt.errors import StageError
 from recvirt.kconfig import debpackage
-from recvirt.stages.kernel_build import Meter, ccache_counts, make_env, set_modes
+from recvirt.stages.kernel_build import KeptObjects, Meter, ccache_counts, make_env, set_modes
 
 RELEASE = "6.12.117-recvirt-1a2b3c4d"
 
@@ -127,3 +127,26 @@ def test_ccache_is_counted(tmp_path: Path) -> None:
     assert ccache_counts(log) == {"hits": 0, "misses": 0}
     log.write_text("# a.c\ndirect_cache_hit\n# b.c\ndirect_cache_miss\npreprocessed_cache_hit\n# c.c\ncache_miss\n")
     assert ccache_counts(log) == {"hits": 2, "misses": 1}
+
+
+def test_objects_are_kept_for_the_same_tools_only(tmp_path: Path) -> None:
+    kept = KeptObjects(tmp_path / "kept", ("gcc-14=1",))
+    assert not kept.take(tmp_path / "one/build")
+    (tmp_path / "one/build/a.o").write_text("a")
+    kept.give(tmp_path / "one/build")
+    assert not (tmp_path / "one/build").exists()
+    assert kept.take(tmp_path / "two")
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["a.o"]
+    # Meanwhile there is nothing to take, and what comes back later replaces what came first.
+    assert not kept.take(tmp_path / "three/build")
+    kept.give(tmp_path / "two")
+    kept.give(tmp_path / "three/build")
+    assert KeptObjects(tmp_path / "kept", ("gcc-14=2",)).take(tmp_path / "four") is False
+    assert list((tmp_path / "four").iterdir()) == [] and not (tmp_path / "kept").exists()
+
+
+def test_objects_without_a_stamp_are_not_trusted(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/a.o").write_text("half")
+    assert not KeptObjects(tmp_path / "kept", ()).take(tmp_path / "build")
+    assert list((tmp_path / "build").iterdir()) == []
