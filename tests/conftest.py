@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
 
 from recvirt.ui import reporter
+
+# A busy machine is no fault of the code.
+settings.register_profile("recvirt", deadline=None)
+settings.load_profile("recvirt")
 
 _LEAKING = ("RECVIRT_CACHE_DIR", "RECVIRT_BUILD_DIR", "XDG_CACHE_HOME", "GITHUB_ACTIONS", "MAKEFLAGS", "MFLAGS", "YES")
 
