@@ -18,7 +18,7 @@ from recvirt.accept.runner import play
 from recvirt.errors import AcceptanceError
 from recvirt.model import Profile
 from recvirt.qemu import find_accelerator, image_info, make_key
-from recvirt.qemu.vm import clean_console
+from recvirt.qemu.vm import STATE_LOG, clean_console
 from recvirt.sandbox import ToolsRoot
 from recvirt.store import remove_tree, sha256_of
 from recvirt.ui import format_seconds, reporter
@@ -61,7 +61,7 @@ def run_acceptance(
         play(acceptance, checks)
         report = _report(acceptance, checks, started, time.monotonic() - clock)
         paths = write_reports(report, out_dir)
-        _keep_consoles(report, out_dir / CONSOLES)
+        _keep_consoles(report, work, out_dir / CONSOLES)
     finally:
         remove_tree(work)
     if not report.ok:
@@ -99,9 +99,12 @@ def _report(acceptance: Acceptance, checks: Sequence[Check], started: datetime, 
     )  # fmt: skip
 
 
-def _keep_consoles(report: Report, folder: Path) -> None:
+def _keep_consoles(report: Report, work_dir: Path, folder: Path) -> None:
     if folder.exists():
         remove_tree(folder)
     folder.mkdir(parents=True)
     for name, text in report.consoles.items():
         (folder / f"{name.replace('/', '-')}.log").write_text(text, errors="replace")
+    for state in work_dir.rglob(STATE_LOG):
+        name = str(state.parent.relative_to(work_dir)).replace("/", "-")
+        state.rename(folder / f"{name}-{STATE_LOG}")

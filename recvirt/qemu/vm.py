@@ -30,6 +30,9 @@ from recvirt.qemu.ssh import SshAccess
 from recvirt.sandbox import ToolsRoot
 
 QEMU_LOG = "qemu.log"
+#: What the machine's hardware was doing when a wait ended in vain.
+STATE_LOG = "machine-state.txt"
+_STATE_COMMANDS = ("info status", "info cpus", "info registers -a", "info irq", "info pic", "info blockstats")
 _POLL_SECONDS = 0.25
 _TAIL_LINES = 25
 #: For one try of a login: a guest under TCG on a busy machine may need minutes for PAM's first session.
@@ -108,8 +111,27 @@ class Vm:
                 return time.monotonic() - started
             self.check_alive()
             if time.monotonic() - started > seconds:
-                raise self.error(f"{what} did not come in {seconds:.0f} s")
+                raise self.error(f"{what} did not come in {seconds:.0f} s ({self.keep_state()})")
             time.sleep(_POLL_SECONDS)
+
+    def keep_state(self) -> str:
+        """Write what processors, interrupts and disks are doing into the VM's folder; one sentence on the processors.
+
+        It tells a guest that waits for something (all of them halted) from one that spins, and both from a QEMU that
+        hangs itself.
+        """
+        said = []
+        try:
+            for command in _STATE_COMMANDS:
+                text = self.qmp.execute("human-monitor-command", {"command-line": command})
+                said.append(f"(qemu) {command}\n{text}")
+        except QmpError as error:
+            said.append(error.message)
+            return error.message
+        finally:
+            (self.folder / STATE_LOG).write_text("\n".join(said).replace("\r", ""))
+        halted = re.findall(r"\bHLT=(\d)", "\n".join(said))
+        return f"{halted.count('1')} of {len(halted)} processors idle"
 
     def wait_for(self, pattern: str, seconds: float) -> str:
         """Wait for a regular expression on the serial console (after the last :meth:`mark`); returns what matched."""
@@ -154,7 +176,7 @@ class Vm:
         deadline = time.monotonic() + seconds
         while self.process.poll() is None:
             if time.monotonic() > deadline:
-                raise self.error(f"the guest did not power off in {seconds:.0f} s")
+                raise self.error(f"the guest did not power off in {seconds:.0f} s ({self.keep_state()})")
             time.sleep(_POLL_SECONDS)
 
     def powerdown(self, seconds: float) -> None:

@@ -136,7 +136,7 @@ def build_tiny(profile: Profile, context: Context, folder: Path) -> Work:
 
 
 def cold_cache(cached: Context, folder: Path) -> Context:
-    """A cache in which nothing is but what the archive said and the unpacked sources, so nothing was compiled before."""
+    """A cache with what the archive said and the unpacked sources, and nothing else: nothing was compiled before."""
     (folder / "sources").mkdir(parents=True)
     for name in ("apt", "debs"):
         (folder / name).symlink_to(cached.cache_dir / name)

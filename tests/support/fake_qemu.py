@@ -13,12 +13,17 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+MONITOR = {
+    "info usernet": "  TCP[HOST_FORWARD]  11  127.0.0.1 39995  10.0.2.15  22  0  0\r\n",
+    "info registers -a": "CPU#0\r\nII=0 A20=1 SMM=0 HLT=1\r\nCPU#1\r\nII=0 A20=1 SMM=0 HLT=0\r\n",
+}
+
 
 def answer(stream: TextIO, request: dict[str, object]) -> None:
     command = request["execute"]
     value: object = {}
     if command == "human-monitor-command":
-        value = "  TCP[HOST_FORWARD]  11  127.0.0.1 39995  10.0.2.15  22  0  0\r\n"
+        value = MONITOR.get(request["arguments"]["command-line"], "")  # type: ignore[index]
     if command == "query-blockstats":
         value = [{"stats": {"wr_bytes": 10}}, {"stats": {"wr_bytes": 32}}]
     stream.write(json.dumps({"return": value}) + "\n")

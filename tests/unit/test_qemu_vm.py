@@ -70,6 +70,17 @@ def test_silence_is_an_error_with_the_last_lines(tools: FakeTools, tmp_path: Pat
     assert "console.log" in caught.value.hint
 
 
+def test_a_wait_in_vain_tells_what_the_processors_do(tools: FakeTools, tmp_path: Path) -> None:
+    with running(tools, MachineSpec(), tmp_path / "vm") as vm:
+        with pytest.raises(GuestError, match="1 of 2 processors idle"):
+            vm.wait_for("login:", 0.1)
+        state = (tmp_path / "vm" / "machine-state.txt").read_text()
+        assert "(qemu) info registers -a\nCPU#0\nII=0" in state
+        vm.process.kill()
+        vm.process.wait()
+        assert "control connection" in vm.keep_state() or "does not listen" in vm.keep_state()
+
+
 def test_an_empty_console_is_named(tools: FakeTools, tmp_path: Path) -> None:
     with running(tools, MachineSpec(), tmp_path / "vm") as vm, pytest.raises(GuestError, match="console is empty"):
         vm.wait_for("login:", 0.1)
