@@ -96,7 +96,7 @@ def test(
 
     folder = out or app.build_dir.absolute() / profile.name / "acceptance"
     promises = promises_of(profile, image.parent)
-    extra, debs = _for_vmx(app, profile) if "vmx" in {c.scene for c in select(names, options.scenes)} else ({}, {})
+    extra, debs = for_vmx(app, profile) if "vmx" in {c.scene for c in select(names, options.scenes)} else ({}, {})
     try:
         run_acceptance(
             image, profile, app.tools(), folder, promises=promises, options=options, extra_tools=extra, debs=debs
@@ -106,7 +106,7 @@ def test(
             click.echo((folder / "report.json").read_text(), nl=False)
 
 
-def _for_vmx(app: App, profile: Profile) -> tuple[dict[str, ToolsRoot], dict[str, Path]]:
+def for_vmx(app: App, profile: Profile) -> tuple[dict[str, ToolsRoot], dict[str, Path]]:
     """Bochs, and the packages of the cache that its check boots."""
     from recvirt import pipeline
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from recvirt.cli import default_cache_dir
+from recvirt.cli import App, default_cache_dir
+from recvirt.cli.vm import for_vmx
 from recvirt.model import Profile
 from recvirt.profile import load_profile
 from recvirt.sandbox import ToolsRoot
@@ -31,9 +32,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def tools() -> ToolsRoot:
+def cache_dir() -> Path:
+    """The person's own cache, for other tools roots."""
+    return _CACHE_DIR.absolute()
+
+
+@pytest.fixture(scope="session")
+def tools(cache_dir: Path) -> ToolsRoot:
     """The ordinary tools root."""
-    return ToolsRoot(Path(_TOOLS_DIR)) if _TOOLS_DIR else ensure_tools(Store(_CACHE_DIR.absolute()))
+    return ToolsRoot(Path(_TOOLS_DIR)) if _TOOLS_DIR else ensure_tools(Store(cache_dir))
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +57,9 @@ def profile(image: Path) -> Profile:
     """The profile that the image was built from."""
     name = _PROFILE or str(json.loads((image.parent / "image.json").read_text())["profile"])
     return load_profile(name).model
+
+
+@pytest.fixture(scope="session")
+def intel_side(profile: Profile, cache_dir: Path) -> tuple[dict[str, ToolsRoot], dict[str, Path]]:
+    """Bochs, and the packages that the image's kernel and nested check came in."""
+    return for_vmx(App(cache_dir=cache_dir), profile)

@@ -160,6 +160,38 @@ MANY = (
     Mutant("copies-differ-in-host-keys", r"both copies have the SSH host keys", _shared_host_key),
 )  # fmt: skip
 
+
+
+def _same_subnet(image: SpoiltImage) -> None:
+    # As if the choice had been made: every level keeps libvirt's own default.
+    image.write("/var/lib/recvirt/libvirt-network", "192.168.122.0/24\n")
+
+
+def _no_controllers(image: SpoiltImage) -> None:
+    # Without its driver a disk never appears: the kernel gives up after rootwait=.
+    drivers = "virtio_scsi_init,nvme_init,ahci_pci_driver_init,pvscsi_init"
+    image.change("/boot/grub/grub.cfg", lambda text: text.replace(" ro ", f" ro initcall_blacklist={drivers} "))
+
+
+#: One level down (``--deep``): a broken unit, nesting off, and the subnet of the level above.
+DEEP = (
+    Mutant("image-boots-as-l2", r"failed units in the L2: broken\.service", _broken_unit),
+    Mutant("libvirt-network-in-l2", r"192\.168\.122\.0/24", _same_subnet),
+    Mutant("l3-under-kvm", r"[Kk][Vv][Mm]", _sub("/etc/modprobe.d/recvirt-nested.conf", "nested=1", "nested=0")),
+)
+
+_NEVER_CAME = r"an SSH login as rvtest did not come.*(rootwait|unable to mount root|panic)"
+#: Other hardware (``--matrix``): no driver for four of the disks, and a broken unit for the boot that is left.
+MATRIX = (
+    Mutant("boots-on-virtio-blk-and-virtio-net", r"failed units: broken\.service", _broken_unit),
+    Mutant("boots-on-virtio-scsi-and-e1000e", _NEVER_CAME, _no_controllers),
+    Mutant("boots-on-nvme-and-vmxnet3", _NEVER_CAME),
+    Mutant("boots-on-ahci-and-e1000e", _NEVER_CAME),
+    Mutant("boots-on-pvscsi-and-vmxnet3", _NEVER_CAME),
+)
+#: The Intel side (``--vmx``): a kernel package whose kvm_intel is another module.
+VMX = (Mutant("vmx-on-bochs", r"kvm_intel"),)
+
 #: Promises that the image never kept: the profile is what is changed.
 BROKEN_PROMISES = {
     "users": r"eve is missing",

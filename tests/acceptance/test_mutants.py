@@ -5,9 +5,11 @@ Many faults go into one image, so that a few boots show all of them; each check 
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,13 @@ import pytest
 
 from recvirt.accept import Options, run_acceptance, select
 from recvirt.accept.promise import promises_of
-from recvirt.accept.registry import OPTIONAL_SCENES, all_checks
+from recvirt.accept.registry import all_checks
 from recvirt.accept.results import CheckResult
 from recvirt.errors import AcceptanceError
 from recvirt.model import Profile
 from recvirt.qemu import make_overlay
 from recvirt.sandbox import ToolsRoot
-from tests.acceptance.spoilt import BROKEN_PROMISES, ELSEWHERE, FEW, MANY, spoil
+from tests.acceptance.spoilt import BROKEN_PROMISES, DEEP, ELSEWHERE, FEW, MANY, MATRIX, VMX, Mutant, spoil
 from tests.support.spoil import SpoiltImage
 
 Results = dict[str, CheckResult]
@@ -31,11 +33,9 @@ def results_of(
     path: Path, profile: Profile, tools: ToolsRoot, out: Path, names: tuple[str, ...], **promised: Any
 ) -> Results:
     """Run checks on an image that must be rejected; the results by name."""
-    import json
-
     promises = promised.pop("promises")
     with pytest.raises(AcceptanceError):
-        run_acceptance(path, profile, tools, out, promises=promises, options=Options(checks=names))
+        run_acceptance(path, profile, tools, out, promises=promises, options=Options(checks=names), **promised)
     data = json.loads((out / "report.json").read_text())
     return {item["name"]: CheckResult(**item) for item in data["results"]}
 
@@ -76,9 +76,9 @@ def many(image: Path, profile: Profile, tools: ToolsRoot, tmp_path_factory: pyte
 
 
 def test_every_check_has_a_spoilt_image() -> None:
-    ordinary = {item.name for item in all_checks() if item.scene not in OPTIONAL_SCENES}
-    covered = {mutant.check for mutant in (*FEW, *MANY)} | set(BROKEN_PROMISES) | ELSEWHERE
-    assert covered == ordinary
+    mutants = (*FEW, *MANY, *DEEP, *MATRIX, *VMX)
+    covered = {mutant.check for mutant in mutants} | set(BROKEN_PROMISES) | ELSEWHERE
+    assert covered == {item.name for item in all_checks()}
 
 
 @pytest.mark.few
@@ -139,3 +139,75 @@ def test_an_image_that_is_not_whole_is_rejected(
         stream.write(b"\0" * 64)
     found = results_of(damaged, profile, tools, tmp_path / "b", ("image-clean",), promises=promises)
     rejected(found, "image-clean", "qemu-img check")
+
+
+def spoilt_results(
+    image: Path, profile: Profile, tools: ToolsRoot, folder: Path, mutants: tuple[Mutant, ...]
+) -> Results:
+    """One image with all these faults, and what the checks of these names say of it."""
+    path = spoil(SpoiltImage(tools, image, folder), mutants)
+    names = tuple(mutant.check for mutant in mutants)
+    return results_of(path, profile, tools, folder / "out", names, promises=promises_of(profile, image.parent))
+
+
+def test_one_level_down_rejects(image: Path, profile: Profile, tools: ToolsRoot, tmp_path: Path) -> None:
+    found = spoilt_results(image, profile, tools, tmp_path, DEEP)
+    for mutant in DEEP:
+        rejected(found, mutant.check, mutant.words)
+
+
+def test_other_hardware_rejects(image: Path, profile: Profile, tools: ToolsRoot, tmp_path: Path) -> None:
+    # Long enough for the boot that comes up; the others never will.
+    hasty = profile.model_copy(update={"accept": profile.accept.model_copy(update={"boot_seconds": 40})})
+    found = spoilt_results(image, hasty, tools, tmp_path, MATRIX)
+    for mutant in MATRIX:
+        rejected(found, mutant.check, mutant.words)
+
+
+def test_the_intel_side_rejects(
+    image: Path,
+    profile: Profile,
+    tools: ToolsRoot,
+    intel_side: tuple[dict[str, ToolsRoot], dict[str, Path]],
+    tmp_path: Path,
+) -> None:
+    (mutant,) = VMX
+    extra_tools, debs = intel_side
+    tree = tmp_path / "tree"
+    tools.run(["dpkg-deb", "-R", str(debs["kernel"]), str(tree)], readable=[debs["kernel"]], writable=[tmp_path])
+    (intel,) = tree.rglob("kvm-intel.ko*")
+    (amd,) = tree.rglob("kvm-amd.ko*")
+    shutil.copyfile(amd, intel)
+    spoilt = tmp_path / "spoilt.deb"
+    tools.run(["dpkg-deb", "-Znone", "-b", str(tree), str(spoilt)], writable=[tmp_path])
+    found = results_of(
+        image, profile, tools, tmp_path / "out", (mutant.check,), promises=promises_of(profile, image.parent),
+        debs={**debs, "kernel": spoilt}, extra_tools=extra_tools,
+    )  # fmt: skip
+    rejected(found, mutant.check, mutant.words)
+
+
+def test_an_image_that_is_written_meanwhile_is_rejected(
+    image: Path, profile: Profile, tools: ToolsRoot, tmp_path: Path
+) -> None:
+    copy = tmp_path / "disk.qcow2"
+    shutil.copyfile(image, copy)
+    copy.chmod(0o644)
+
+    def write_when_booted() -> None:
+        while not any(tmp_path.rglob("console.log")):
+            if done.wait(0.2):
+                return
+        with copy.open("ab") as stream:
+            stream.write(b"\0")
+
+    done = threading.Event()
+    writer = threading.Thread(target=write_when_booted)
+    writer.start()
+    try:
+        promises = promises_of(profile, image.parent)
+        found = results_of(copy, profile, tools, tmp_path / "out", ("image-never-written",), promises=promises)
+    finally:
+        done.set()
+        writer.join()
+    rejected(found, "image-never-written", r"its SHA-256 was [0-9a-f]{64} and is")
