@@ -7,6 +7,7 @@ Everything a VM leaves lies in its own folder; QEMU dies with recvirt (``setpriv
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -28,12 +29,16 @@ from recvirt.qemu.probe import KVM_DEVICE
 from recvirt.qemu.qmp import QmpClient, QmpError, connect_unix, parse_forwards
 from recvirt.qemu.ssh import SshAccess
 from recvirt.sandbox import ToolsRoot
+from recvirt.ui import format_bytes
 
 QEMU_LOG = "qemu.log"
 #: What the machine's hardware was doing when a wait ended in vain.
 STATE_LOG = "machine-state.txt"
 _STATE_COMMANDS = ("info status", "info cpus", "info registers -a", "info irq", "info pic", "info blockstats")
 _POLL_SECONDS = 0.25
+_STATUS_SECONDS = 5.0
+#: States of a machine that will not run again by itself (QEMU's RunState).
+_STOPPED = ("internal-error", "guest-panicked", "paused", "shutdown", "watchdog")
 _TAIL_LINES = 25
 #: For one try of a login: a guest under TCG on a busy machine may need minutes for PAM's first session.
 _LOGIN_SECONDS = 240.0
@@ -54,6 +59,7 @@ class Vm:
         self.process = process
         self.started = time.monotonic()
         self._mark = 0
+        self._next_status = self.started + _STATUS_SECONDS
         try:
             self.qmp = QmpClient.over_socket(self._connect(QMP_SOCKET))
         except OSError:
@@ -98,10 +104,24 @@ class Vm:
         return GuestError(text, hint=f"the whole console log: {self.console_path}")
 
     def check_alive(self) -> None:
-        """GuestError when QEMU has ended."""
+        """GuestError when QEMU has ended, or has stopped the guest for good (which looks like silence otherwise)."""
         status = self.process.poll()
         if status is not None:
             raise self.error(f"the virtual machine ended by itself (QEMU's status {status})")
+        if time.monotonic() < self._next_status:
+            return
+        self._next_status = time.monotonic() + _STATUS_SECONDS
+        said = str(self.qmp.execute("query-status")["status"])
+        if said == "io-error":
+            events = [event["data"] for event in self.qmp.events if event.get("event") == "BLOCK_IO_ERROR"]
+            why = str(events[-1].get("reason", "")) if events else "no reason given"
+            free = shutil.disk_usage(self.folder).free
+            raise GuestError(
+                f"QEMU stopped the guest, for its disk could not be written: {why}",
+                hint=f"{self.folder} has {format_bytes(free)} free: make room, then run it again",
+            )
+        if said in _STOPPED:
+            raise self.error(f"QEMU stopped the guest: {said} ({self.keep_state()})")
 
     def wait_until(self, done: Callable[[], bool], seconds: float, what: str) -> float:
         """Poll ``done`` until it holds; returns the seconds it took. GuestError when QEMU dies or time is up."""

@@ -1,6 +1,7 @@
 """Stands in for QEMU in unit tests: answers QMP on the socket named on its command line and writes a console.
 
-Environment: ``FAKE_CONSOLE`` is written to console.log at once; ``FAKE_DIE`` is a status to end with after a moment.
+Environment: ``FAKE_CONSOLE`` is written to console.log at once; ``FAKE_DIE`` is a status to end with after a moment,
+``FAKE_STATUS`` what query-status answers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 MONITOR = {
     "info usernet": "  TCP[HOST_FORWARD]  11  127.0.0.1 39995  10.0.2.15  22  0  0\r\n",
@@ -21,9 +22,14 @@ MONITOR = {
 
 def answer(stream: TextIO, request: dict[str, object]) -> None:
     command = request["execute"]
-    value: object = {}
+    value: Any = {}
     if command == "human-monitor-command":
         value = MONITOR.get(request["arguments"]["command-line"], "")  # type: ignore[index]
+    if command == "query-status":
+        value = {"status": os.environ.get("FAKE_STATUS", "running")}
+        if value["status"] == "io-error":
+            event = {"event": "BLOCK_IO_ERROR", "data": {"nospace": True, "reason": "No space left on device"}}
+            stream.write(json.dumps(event) + "\n")
     if command == "query-blockstats":
         value = [{"stats": {"wr_bytes": 10}}, {"stats": {"wr_bytes": 32}}]
     stream.write(json.dumps({"return": value}) + "\n")

@@ -13,6 +13,7 @@ import pytest
 from recvirt.accept.boots import bytes_written
 from recvirt.errors import GuestError
 from recvirt.qemu import Disk, MachineSpec, running
+from recvirt.qemu import vm as vm_module
 from recvirt.qemu.vm import clean_console
 from recvirt.sandbox import ToolsRoot
 
@@ -79,6 +80,19 @@ def test_a_wait_in_vain_tells_what_the_processors_do(tools: FakeTools, tmp_path:
         vm.process.kill()
         vm.process.wait()
         assert "control connection" in vm.keep_state() or "does not listen" in vm.keep_state()
+
+
+def test_a_full_disk_is_told_at_once_and_not_waited_for(
+    tools: FakeTools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vm_module, "_STATUS_SECONDS", 0.0)
+    FakeTools.environment = {"FAKE_STATUS": "io-error"}
+    with running(tools, MachineSpec(), tmp_path / "full") as vm, pytest.raises(GuestError) as caught:
+        vm.wait_for("login:", 60)
+    assert "No space left on device" in caught.value.message and " free" in caught.value.hint
+    FakeTools.environment = {"FAKE_STATUS": "guest-panicked"}
+    with running(tools, MachineSpec(), tmp_path / "panic") as vm, pytest.raises(GuestError, match="guest-panicked"):
+        vm.wait_for("login:", 60)
 
 
 def test_an_empty_console_is_named(tools: FakeTools, tmp_path: Path) -> None:
