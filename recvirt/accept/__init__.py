@@ -59,6 +59,8 @@ def run_acceptance(
     )  # fmt: skip
     try:
         play(acceptance, checks)
+        for overlay in work.rglob("*.qcow2"):
+            overlay.unlink()  # the reports may need their room
         report = _report(acceptance, checks, started, time.monotonic() - clock)
         paths = write_reports(report, out_dir)
         _keep_consoles(report, work, out_dir / CONSOLES)

@@ -9,6 +9,8 @@ import json
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from recvirt.model import Profile
 from recvirt.qemu import make_overlay
 from recvirt.sandbox import ToolsRoot
 from tests.acceptance.spoilt import BROKEN_PROMISES, DEEP, ELSEWHERE, FEW, MANY, MATRIX, VMX, Mutant, spoil
+from tests.support.namespace import Namespace
 from tests.support.spoil import SpoiltImage
 
 Results = dict[str, CheckResult]
@@ -211,3 +214,16 @@ def test_an_image_that_is_written_meanwhile_is_rejected(
         done.set()
         writer.join()
     rejected(found, "image-never-written", r"its SHA-256 was [0-9a-f]{64} and is")
+
+
+def test_a_full_disk_under_a_guest_is_named(image: Path, cache_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with Namespace('mount -t tmpfs -o size=6m tmpfs "$1"', str(out)) as space:
+        words = ["--cache-dir", str(cache_dir), "test", str(image), "--check", "boots-on-bios", "--out", str(out)]
+        argv = [*space.prefix, sys.executable, "-m", "recvirt", *words]
+        done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=900, check=False)
+        assert done.returncode == AcceptanceError.exit_code, done.stderr
+        assert "QEMU stopped the guest, for its disk could not be written: No space left on device" in done.stderr
+        report = json.loads((space.path(out) / "report.json").read_text())
+    assert [item["outcome"] for item in report["results"]] == ["failed"]

@@ -16,6 +16,7 @@ from uuid import uuid4
 import pytest
 
 from recvirt.sandbox import ToolsRoot
+from tests.support.namespace import Namespace
 from tests.support.site import SMALL, Site, adopt_downloads, adopt_tools
 
 pytestmark = pytest.mark.slow
@@ -171,36 +172,6 @@ def test_two_builds_at_once(site: Site, reference: tuple[Site, float]) -> None:
 
 
 # -- disks -------------------------------------------------------------------------------------------------------------
-
-
-class Namespace:
-    """A mount namespace with file systems of its own, in which recvirt runs. It ends with the test."""
-
-    def __init__(self, script: str, *words: str) -> None:
-        if os.geteuid() != 0:
-            pytest.skip("only root can mount a file system of limited size")
-        self.holder = subprocess.Popen(
-            ["unshare", "--mount", "--propagation", "private", "sh", "-euc", f"{script}; echo ready; exec sleep 3600",
-             "sh", *words],
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self.holder.stdout is not None
-        assert self.holder.stdout.readline() == "ready\n"
-
-    @property
-    def prefix(self) -> list[str]:
-        return ["nsenter", f"--target={self.holder.pid}", "--mount", "--"]
-
-    def path(self, path: Path) -> Path:
-        """Where a path of the namespace is seen from outside."""
-        return Path(f"/proc/{self.holder.pid}/root{path}")
-
-    def __enter__(self) -> Namespace:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.holder.kill()
-        self.holder.wait()
 
 
 def fill(folder: Path, leave_bytes: int) -> Path:
