@@ -29,6 +29,7 @@ _BUILD_FILES = (
     "/tmp/*", "/var/tmp/*", "/run/lock/*",
 )  # fmt: skip
 _RECVIRT_UNITS = {
+    "etc/systemd/system/recvirt-gpt.service": "recvirt-gpt.service",
     "etc/systemd/system/recvirt-ssh-keys.service": "recvirt-ssh-keys.service",
     "etc/systemd/system/recvirt-nfs.service": "recvirt-nfs.service",
     "etc/systemd/system/recvirt-nfs.path": "recvirt-nfs.path",

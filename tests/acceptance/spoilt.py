@@ -90,6 +90,12 @@ def _nfs_options(image: SpoiltImage) -> None:
     image.change("/usr/lib/systemd/system-generators/recvirt-nfs", edit, 0o755)
 
 
+def _tearing(image: SpoiltImage) -> None:
+    # In place of the mending: a byte of the last partition's name changes at each boot, and the checksum does not.
+    word = "#!/bin/sh\nhead -c 2 /dev/urandom | dd of=/dev/vda bs=1 seek=1396 conv=notrunc,fsync status=none\n"
+    image.change("/usr/lib/recvirt/gpt-mend", lambda _: word, 0o755)
+
+
 def _menu(image: SpoiltImage) -> None:
     image.change(
         "/boot/grub/grub.cfg",
@@ -154,6 +160,7 @@ MANY = (
     Mutant("no-failed-unit-after-power-cuts", r"broken\.service"),
     Mutant("whole-after-power-cuts", r"can't be read.*rsa"),
     Mutant("cloud-init-survives-power-cuts", r"cloud-init says"),
+    Mutant("partition-table-whole", r"GPT table is corrupt", _tearing),
     Mutant("root-grown-after-power-cuts", r"GiB on a disk of"),
     Mutant("copies-differ-in-machine-id", r"both copies have the machine-id", _file(
         "/etc/machine-id", f"{'ab' * 16}\n")),

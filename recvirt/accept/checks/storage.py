@@ -31,6 +31,16 @@ def root_grown(guest: Guest) -> str:
     return f"{size / 1024**3:.2f} GiB"
 
 
+@check("partition-table-whole", "powercut")
+def partition_table_whole(guest: Guest) -> str:
+    """After power cuts both copies of the partition table are whole"""
+    disk = guest.out("lsblk -n -o PKNAME $(findfs PARTLABEL=root)")
+    said = guest.out(f"LC_ALL=C sfdisk --verify /dev/{disk} 2>&1")
+    if "corrupt" in said or "No errors detected" not in said:
+        raise Failed(f"sfdisk --verify: {said}")
+    return "both copies agree"
+
+
 @check("root-grown-after-power-cuts", "powercut")
 def root_grown_after_power_cuts(guest: Guest) -> str:
     """After power cuts the root file system has still grown"""
