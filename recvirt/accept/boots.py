@@ -23,6 +23,8 @@ NFS_CONF = "/etc/recvirt/nfs.conf"
 GROWTH_BYTES = 1024**3
 #: The power is cut when the guest has written so much since the start of its first boot.
 CUT_AFTER_BYTES = (1, 3 * 1024**2, 10 * 1024**2)
+#: A console without a new word for so long is that of a guest that hangs (scaled like all limits).
+SILENCE_SECONDS = 75.0
 #: Outer limit of a whole scene, as a multiple of a boot.
 _SCENE_BOOTS = 8
 
@@ -74,7 +76,7 @@ def booted(
     with running(acceptance.tools, spec, folder) as vm:
         acceptance.qemu_version = f"{vm.qmp.version} ({vm.qmp.package})"
         access = vm.ssh(TEST_USER, acceptance.key)
-        seconds = vm.wait_ssh(access, limit)
+        seconds = vm.wait_ssh(access, limit, silence_seconds=acceptance.patience(SILENCE_SECONDS))
         guest = Guest(acceptance, name, access, vm, cloud, overlay, boot_seconds=seconds)
         reporter.info(f"{name}: SSH after {seconds:.0f} s")
         try:

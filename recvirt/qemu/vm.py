@@ -6,6 +6,7 @@ Everything a VM leaves lies in its own folder; QEMU dies with recvirt (``setpriv
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import socket
@@ -92,7 +93,10 @@ class Vm:
 
     def mark(self) -> None:
         """Forget what the console has shown: :meth:`wait_for` looks only at what comes after (say, a reboot)."""
-        self._mark = self.console_path.stat().st_size if self.console_path.exists() else 0
+        self._mark = self._console_bytes()
+
+    def _console_bytes(self) -> int:
+        return self.console_path.stat().st_size if self.console_path.exists() else 0
 
     def error(self, message: str) -> GuestError:
         """A GuestError with the last lines of the console and of QEMU itself."""
@@ -123,13 +127,27 @@ class Vm:
         if said in _STOPPED:
             raise self.error(f"QEMU stopped the guest: {said} ({self.keep_state()})")
 
-    def wait_until(self, done: Callable[[], bool], seconds: float, what: str) -> float:
-        """Poll ``done`` until it holds; returns the seconds it took. GuestError when QEMU dies or time is up."""
-        started = time.monotonic()
+    def wait_until(
+        self, done: Callable[[], bool], seconds: float, what: str, *, silence_seconds: float = math.inf
+    ) -> float:
+        """Poll ``done`` until it holds; returns the seconds it took.
+
+        GuestError when QEMU dies, time is up, or nothing new was on the console for ``silence_seconds``: systemd names
+        there every few seconds what it waits for.
+        """
+        started = heard = time.monotonic()
+        size = self._console_bytes()
         while True:
             if done():
                 return time.monotonic() - started
             self.check_alive()
+            if (now := self._console_bytes()) != size:
+                size, heard = now, time.monotonic()
+            if time.monotonic() - heard > silence_seconds:
+                raise self.error(
+                    f"{what} did not come: the console has been silent for {silence_seconds:.0f} s "
+                    f"({self.keep_state()})"
+                )
             if time.monotonic() - started > seconds:
                 raise self.error(f"{what} did not come in {seconds:.0f} s ({self.keep_state()})")
             time.sleep(_POLL_SECONDS)
@@ -178,7 +196,7 @@ class Vm:
         """SSH access to this guest (written, not yet tried)."""
         return SshAccess(self.folder, self.host_port(22), user, key).write()
 
-    def wait_ssh(self, access: SshAccess, seconds: float) -> float:
+    def wait_ssh(self, access: SshAccess, seconds: float, *, silence_seconds: float = math.inf) -> float:
         """Wait until ``access`` can run a command; returns the seconds it took."""
 
         def try_login() -> bool:
@@ -189,7 +207,8 @@ class Vm:
             except CommandError:
                 return False
 
-        return self.wait_until(try_login, seconds, f"an SSH login as {access.user}")
+        what = f"an SSH login as {access.user}"
+        return self.wait_until(try_login, seconds, what, silence_seconds=silence_seconds)
 
     def wait_end(self, seconds: float) -> None:
         """Wait until QEMU has ended by itself, which the guest asked for."""

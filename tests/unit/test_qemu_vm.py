@@ -95,6 +95,14 @@ def test_a_full_disk_is_told_at_once_and_not_waited_for(
         vm.wait_for("login:", 60)
 
 
+def test_a_guest_that_says_nothing_more_is_given_up_early(tools: FakeTools, tmp_path: Path) -> None:
+    FakeTools.environment = {"FAKE_CONSOLE": "Starting something ...\n"}
+    with running(tools, MachineSpec(), tmp_path / "vm") as vm, pytest.raises(GuestError) as caught:
+        vm.wait_until(lambda: False, 60, "a login", silence_seconds=0.5)
+    assert "a login did not come: the console has been silent for 0 s" in caught.value.message
+    assert "| Starting something" in caught.value.message
+
+
 def test_an_empty_console_is_named(tools: FakeTools, tmp_path: Path) -> None:
     with running(tools, MachineSpec(), tmp_path / "vm") as vm, pytest.raises(GuestError, match="console is empty"):
         vm.wait_for("login:", 0.1)
