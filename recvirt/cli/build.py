@@ -19,7 +19,7 @@ _until_option = click.option("--until", metavar="STAGE", help="Stop after this s
 _offline_option = click.option("--offline", is_flag=True, help="Use only what the cache holds; no network.")
 
 
-@click.command()
+@click.command(short_help="Say what a build would run and reuse, and why.")
 @click.argument("profile", default="default", shell_complete=complete_target)
 @_set_option
 @_until_option
@@ -47,7 +47,7 @@ def plan(app: App, profile: str, overrides: tuple[str, ...], until: str | None, 
             click.echo(f"{'':<14}   because {reason}")
 
 
-@click.command()
+@click.command(short_help="Build an image from a profile.")
 @click.argument("profile", default="default", shell_complete=complete_target)
 @_set_option
 @_until_option

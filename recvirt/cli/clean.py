@@ -10,7 +10,7 @@ from recvirt.cli import App, pass_app
 from recvirt.ui import format_bytes
 
 
-@click.command()
+@click.command(short_help="Bound the cache, clear up after killed builds.")
 @click.option("--older-than", "days", type=click.FloatRange(min=0), help="Remove what was not used for so many DAYS.")
 @click.option("--max-size", metavar="SIZE", help="Then remove the least recently used until SIZE (as 20G) is kept.")
 @click.option("--all", "everything", is_flag=True, help="Remove the whole cache: outputs, packages, sources, ccache.")

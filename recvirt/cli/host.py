@@ -13,7 +13,7 @@ from recvirt.sandbox import ToolsRoot
 _MARKS = {"ok": "ok  ", "warn": "note", "fail": "FAIL"}
 
 
-@click.command()
+@click.command(short_help="Check whether this machine is ready.")
 @click.option("--network", is_flag=True, help="Also ask Debian's archive, as a build would (a few seconds).")
 @click.option("--tools", "make_tools", is_flag=True, help="Make the tools root if it is missing (a download, minutes).")
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")

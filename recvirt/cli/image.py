@@ -12,7 +12,7 @@ from recvirt.cli import App, pass_app
 _IMAGE = click.Path(path_type=Path)
 
 
-@click.command()
+@click.command(short_help="Tell what an image file holds.")
 @click.argument("image", type=_IMAGE)
 @click.option("--all", "all_packages", is_flag=True, help="List every package, not only the largest.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything that was found as JSON.")
@@ -35,7 +35,7 @@ def inspect(app: App, image: Path, all_packages: bool, as_json: bool) -> None:
     click.echo(json.dumps(found, indent=1) if as_json else as_text(found, all_packages=all_packages))
 
 
-@click.command()
+@click.command(short_help="Tell what differs between two images.")
 @click.argument("old", type=_IMAGE)
 @click.argument("new", type=_IMAGE)
 @click.option("--json", "as_json", is_flag=True, help="Print all differences as JSON.")
@@ -59,7 +59,7 @@ def diff(app: App, old: Path, new: Path, as_json: bool, exit_code: bool) -> int:
     return int(exit_code and not is_equal(found))
 
 
-@click.command()
+@click.command(short_help="Print an image's bill of materials (SPDX).")
 @click.argument("image", type=_IMAGE)
 @click.option("--json", "as_json", is_flag=True, help="Accepted for evenness: an SPDX document is always JSON.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write it to a file.")

@@ -64,7 +64,9 @@ def _configure(app: App, name: str, overrides: tuple[str, ...], offline: bool) -
     return _Configured(model, context, folder / "config", report, planned[-1].inputs)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]}, short_help="Print, explain, compare and audit kernels."
+)
 def kernel() -> None:
     """Look at the kernel configuration of a profile: what it is, why, and how it compares.
 
@@ -77,7 +79,7 @@ def kernel() -> None:
     """
 
 
-@kernel.command()
+@kernel.command(short_help="Print a resolved configuration.")
 @click.argument("profile", default="default", shell_complete=complete_target)
 @_set_option
 @_offline_option
@@ -101,7 +103,7 @@ def config(app: App, profile: str, overrides: tuple[str, ...], offline: bool, wh
         click.echo(done.text, nl=False)
 
 
-@kernel.command()
+@kernel.command(short_help="Say who asked for a symbol, and why.")
 @click.argument("symbol")
 @click.argument("profile", default="default", shell_complete=complete_target)
 @_set_option
@@ -125,7 +127,7 @@ def explain(app: App, symbol: str, profile: str, overrides: tuple[str, ...], off
     click.echo(json.dumps(facts, indent=1) if as_json else "\n".join(explain_lines(facts)))
 
 
-@kernel.command()
+@kernel.command(short_help="Compare two configurations.")
 @click.argument("left")
 @click.argument("right")
 @_offline_option
@@ -161,7 +163,7 @@ def _config_text(app: App, name: str, offline: bool) -> str:
     return _configure(app, name, (), offline).text
 
 
-@kernel.command()
+@kernel.command(short_help="Judge a kernel's hardening, beside Debian's.")
 @click.argument("profile", default="default", shell_complete=complete_target)
 @_set_option
 @_offline_option

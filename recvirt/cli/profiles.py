@@ -12,7 +12,7 @@ from recvirt.cli import App, pass_app
 from recvirt.cli.completion import complete_target
 
 
-@click.command()
+@click.command(short_help="List the profiles.")
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 @pass_app
 def profiles(app: App, as_json: bool) -> None:
@@ -45,7 +45,7 @@ def profiles(app: App, as_json: bool) -> None:
         click.echo(f"{row['name']:<{width}}  {what}".rstrip())
 
 
-@click.group()
+@click.group(short_help="Show profiles and their keys, start new ones.")
 def profile() -> None:
     """Look at profiles, and start new ones.
 
@@ -57,7 +57,7 @@ def profile() -> None:
     """
 
 
-@profile.command()
+@profile.command(short_help="Print a profile as merged, with origins.")
 @click.argument("name", default="default", shell_complete=complete_target)
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE",
@@ -88,7 +88,7 @@ def show(app: App, name: str, overrides: tuple[str, ...], no_defaults: bool, as_
     click.echo(as_yaml(loaded, defaults=not no_defaults), nl=False)
 
 
-@profile.command()
+@profile.command(short_help="Print the JSON schema for editors.")
 def schema() -> None:
     """Print the JSON schema of a profile file, for editors and checkers.
 
@@ -103,7 +103,7 @@ def schema() -> None:
     click.echo(json.dumps(file_schema(), indent=1))
 
 
-@profile.command()
+@profile.command(short_help="Print every key of a profile.")
 def keys() -> None:
     """Print every key of a profile with its type, default and meaning (Markdown tables, as in the manual).
 
@@ -116,7 +116,7 @@ def keys() -> None:
     click.echo(as_markdown(), nl=False)
 
 
-@profile.command()
+@profile.command(short_help="Write a commented starter profile.")
 @click.argument("name")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False),

@@ -45,7 +45,7 @@ def resolve_target(app: App, target: str, profile: str | None = None) -> tuple[P
     return path.absolute(), app.load(name).model
 
 
-@click.command()
+@click.command(short_help="Boot an image and VMs inside it: prove it.")
 @_target_argument
 @click.option("--profile", "profile_name", metavar="PROFILE", help="The profile that an IMAGE has to fulfil.")
 @click.option("--deep", is_flag=True, help="Also boot the image inside itself as an L2, and an L3 in that.")
@@ -132,7 +132,7 @@ def _print_list(options: object, as_json: bool) -> None:
         click.echo(f"{item.name:<36} {item.scene:<9} {item.title}")
 
 
-@click.command()
+@click.command(short_help="Boot an image, with its console here.")
 @_target_argument
 @click.option("--profile", "profile_name", metavar="PROFILE", help="The profile of an IMAGE.")
 @click.option("--ssh", "with_ssh", is_flag=True, help="Log in over SSH instead of showing the serial console.")
@@ -187,7 +187,10 @@ def boot(
     raise SystemExit(interactive.boot(app.tools(), image, _vm_dir(app, profile.name), wish))
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    short_help="Log in to the VM that is booted.",
+)
 @click.argument("profile", default="default", shell_complete=complete_target)
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @pass_app
@@ -204,7 +207,7 @@ def ssh(app: App, profile: str, command: tuple[str, ...]) -> None:
     raise SystemExit(interactive.ssh(_vm_dir(app, profile), command))
 
 
-@click.command()
+@click.command(short_help="Attach to the console of the booted VM.")
 @click.argument("profile", default="default", shell_complete=complete_target)
 @pass_app
 def console(app: App, profile: str) -> None:
