@@ -14,7 +14,7 @@ import subprocess
 import sys
 import termios
 import tty
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +61,7 @@ class Wish:
     fresh: bool = False
     seed_dir: Path | None = None
     with_ssh: bool = False
+    groups: tuple[str, ...] = ("kvm",)  # of the login
 
 
 def parse_forward(text: str) -> Forward:
@@ -99,9 +100,13 @@ def _held(folder: Path) -> Iterator[None]:
             (folder / "state.json").unlink(missing_ok=True)
 
 
-def boot(tools: ToolsRoot, image: Path, folder: Path, wish: Wish) -> int:
-    """Run the VM until its guest powers off or the person leaves; the status to exit with."""
+def boot(find_tools: Callable[[], ToolsRoot], image: Path, folder: Path, wish: Wish) -> int:
+    """Run the VM until its guest powers off or the person leaves; the status to exit with.
+
+    The wish is judged before the tools are looked for, which may have to be made.
+    """
     memory_bytes = parse_memory(wish.memory)
+    tools = find_tools()
     with _held(folder):
         accelerator = find_accelerator(tools)
         disks, key = _disks(tools, image, folder, wish)
@@ -136,13 +141,13 @@ def _disks(tools: ToolsRoot, image: Path, folder: Path, wish: Wish) -> tuple[tup
         make_overlay(tools, image, overlay, image_format=str(image_info(tools, image)["format"]))
         if not wish.ephemeral:
             stamp_file.write_text(stamp)
-    seed = _own_seed(tools, folder, wish.seed_dir) if wish.seed_dir else _default_seed(tools, folder, key)
+    seed = _own_seed(tools, folder, wish.seed_dir) if wish.seed_dir else _default_seed(tools, folder, key, wish.groups)
     return (Disk(overlay, bootable=True, backing=(image,)), Disk(seed, "raw", read_only=True)), key
 
 
-def _default_seed(tools: ToolsRoot, folder: Path, key: Path) -> Path:
+def _default_seed(tools: ToolsRoot, folder: Path, key: Path, groups: tuple[str, ...]) -> Path:
     public = key.with_name(f"{key.name}.pub").read_text().strip()
-    config = CloudConfig(instance_id="recvirt-boot", user=USER, ssh_keys=(public,), groups=("kvm",))
+    config = CloudConfig(instance_id="recvirt-boot", user=USER, ssh_keys=(public,), groups=groups)
     return make_seed(tools, config, folder)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+import urllib.parse
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
@@ -92,6 +93,8 @@ def _check_kernel_words(text: str) -> str:
 def _check_url(text: str) -> str:
     if not re.match(r"^(https?|file|copy)://?[^\s\"'<>\\]+$", text):
         raise ValueError("must be a URL (http://, https://, file:/) without blanks or quotes")
+    if "@" in urllib.parse.urlsplit(text).netloc:
+        raise ValueError("must not hold a user name or password: they would end up in the image and in its records")
     return text
 
 

@@ -160,6 +160,12 @@ def built_image(profile_name: str, build_dir: Path) -> Path:
         path = build_dir / profile_name / name
         if path.exists():
             return path
+    others = sorted(path.name for path in (build_dir / profile_name).glob("disk.*"))
+    if others:
+        raise RecvirtError(
+            f"{profile_name} was built as {', '.join(others)} only; a VM here boots from qcow2 or raw",
+            hint=f"recvirt build {profile_name} --set image.formats+=qcow2",
+        )
     raise RecvirtError(
         f"there is no image of {profile_name} in {build_dir}", hint=f"build it: recvirt build {profile_name}"
     )

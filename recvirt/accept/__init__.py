@@ -12,7 +12,7 @@ from pathlib import Path
 
 from recvirt.accept.context import Acceptance, Options, Promises
 from recvirt.accept.registry import Check, select
-from recvirt.accept.reports import write_reports
+from recvirt.accept.reports import REPORTS, write_reports
 from recvirt.accept.results import ImageFacts, Report
 from recvirt.accept.runner import play
 from recvirt.errors import AcceptanceError
@@ -20,13 +20,15 @@ from recvirt.model import Profile
 from recvirt.qemu import find_accelerator, image_info, make_key
 from recvirt.qemu.vm import STATE_LOG, clean_console
 from recvirt.sandbox import ToolsRoot
-from recvirt.store import remove_tree, sha256_of
+from recvirt.store import check_room, remove_tree, sha256_of
 from recvirt.ui import format_seconds, reporter
 
 __all__ = ["Options", "Promises", "run_acceptance", "select"]
 
 #: Kept after a run, below the output folder.
 CONSOLES = "consoles"
+#: What the overlays of an ordinary run grow to, and some more.
+_SPACE_BYTES = 2_000_000_000
 
 
 def run_acceptance(
@@ -49,8 +51,12 @@ def run_acceptance(
     image = image.resolve()
     out_dir = out_dir.resolve()
     work = out_dir / "work"
-    if work.exists():
-        remove_tree(work)
+    for old in (work, out_dir / CONSOLES):
+        if old.exists():
+            remove_tree(old)
+    for name in REPORTS:
+        (out_dir / name).unlink(missing_ok=True)  # an earlier run's would pass for this one's
+    check_room(out_dir, _SPACE_BYTES)
     work.mkdir(parents=True)
     acceptance = Acceptance(
         image=image, image_facts=_facts(tools, image), profile=profile, promises=promises, tools=tools,

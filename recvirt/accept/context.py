@@ -40,7 +40,7 @@ class Options:
 class Promises:
     """What the image should hold besides what the profile itself says.
 
-    ``packages`` are names; ``kernel_config`` is the resolved configuration of a kernel of our own, else None;
+    ``packages`` are names; ``kernel_config`` is the resolved configuration, or None if it is not known;
     ``facts`` is image.json.
     """
 

@@ -24,10 +24,9 @@ def promises_of(profile: Profile, folder: Path) -> Promises:
     packages = set(read_lists(paths, profile.root.suite)) | set(profile.root.packages) | set(OWN_PACKAGES)
     facts = _read_json(folder / IMAGE_FACTS)
     config = folder / KERNEL_CONFIG
-    own_kernel = profile.kernel.source != "debian"
     return Promises(
         packages=tuple(sorted(packages)),
-        kernel_config=config.read_text() if own_kernel and config.is_file() else None,
+        kernel_config=config.read_text() if config.is_file() else None,
         facts=facts,
     )
 

@@ -17,6 +17,8 @@ from recvirt.ui import format_bytes, format_seconds
 
 #: Characters that XML 1.0 can't hold, not even escaped (section 2.2).
 _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+#: What a run leaves: for scripts, for CI, for people.
+REPORTS = ("report.json", "junit.xml", "report.html")
 _CONSOLE_BYTES_MAX = 400_000
 
 
@@ -86,7 +88,8 @@ def _measure(value: Any) -> str:
 def write_reports(report: Report, folder: Path) -> tuple[Path, Path, Path]:
     """Write all three into ``folder``; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / "report.json", folder / "junit.xml", folder / "report.html"
+    for_scripts, for_ci, for_people = (folder / name for name in REPORTS)
+    paths = for_scripts, for_ci, for_people
     texts = json.dumps(report.as_json(), indent=1, sort_keys=True) + "\n", junit_xml(report), html_page(report)
     for path, text in zip(paths, texts, strict=True):
         partial = path.with_name(f".{path.name}.part")

@@ -29,6 +29,8 @@ _offline_option = click.option("--offline", is_flag=True, help="Use only what th
 def plan(app: App, profile: str, overrides: tuple[str, ...], until: str | None, offline: bool, as_json: bool) -> None:
     """Say what a build of PROFILE would run, what it would reuse, and why not.
 
+    The tools root, whose versions are part of the answer, is made first if it is not there.
+
     \b
     Examples:
       recvirt plan
@@ -37,6 +39,7 @@ def plan(app: App, profile: str, overrides: tuple[str, ...], until: str | None, 
     from recvirt import pipeline
 
     loaded = app.load(profile, overrides)
+    pipeline.stages_for(loaded.model, until)  # a wrong name is told before the tools are made
     planned = pipeline.plan(loaded.model, app.store, app.context(offline=offline), until=until)
     if as_json:
         click.echo(json.dumps([item.as_json() for item in planned], indent=1))
@@ -78,6 +81,7 @@ def build(
 
     started = time.monotonic()
     loaded = app.load(profile, overrides)
+    pipeline.stages_for(loaded.model, until)
     context = app.context(jobs=jobs, offline=offline)
     planned = pipeline.plan(loaded.model, app.store, context, until=until)
     builder = pipeline.Builder(loaded.model, app.store, context, app.build_dir.absolute(), keep_failed=app.debug)

@@ -9,7 +9,7 @@ import click
 
 from recvirt.cli import App, pass_app
 
-_IMAGE = click.Path(path_type=Path)
+_IMAGE = click.Path(path_type=Path, exists=True, dir_okay=False, readable=True)
 
 
 @click.command(short_help="Tell what an image file holds.")

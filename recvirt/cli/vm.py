@@ -31,7 +31,7 @@ def resolve_target(app: App, target: str, profile: str | None = None) -> tuple[P
     from recvirt.pipeline import built_image
 
     path = Path(target)
-    if not path.is_file():
+    if not path.is_file() or path.suffix in (".yaml", ".yml"):
         loaded = app.load(target)
         return built_image(loaded.model.name, app.build_dir.absolute()), loaded.model
     name = profile
@@ -183,8 +183,9 @@ def boot(
         firmware="uefi" if uefi else "bios", memory=memory or profile.accept.memory, cpus=cpus or profile.accept.cpus,
         forwards=tuple(interactive.parse_forward(text) for text in forwards), vnc=vnc, ephemeral=ephemeral,
         fresh=fresh, seed_dir=seed_dir, with_ssh=with_ssh,
+        groups=tuple(sorted({"kvm", *(group for user in profile.root.users[:1] for group in user.groups)})),
     )  # fmt: skip
-    raise SystemExit(interactive.boot(app.tools(), image, _vm_dir(app, profile.name), wish))
+    raise SystemExit(interactive.boot(app.tools, image, _vm_dir(app, profile.name), wish))
 
 
 @click.command(

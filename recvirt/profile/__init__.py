@@ -77,7 +77,7 @@ def load_profile(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Loa
     if "name" not in root.value:
         root.value["name"] = Node(path.stem, Origin(shown_path(path), 0, path.parent))
     root, missing = locate(root)
-    model, faults = validate(root)
+    model, faults = validate(root, whole=not layers.unreadable)
     problems += missing + faults
     if problems or model is None:
         raise ConfigError(sorted(set(problems)), hint=_HINT)

@@ -85,10 +85,13 @@ def _replaced(node: Node, changed: Mapping[Place, str], place: Place) -> Node:
     return Node(changed.get(place, node.value), node.origin)
 
 
-def validate(root: Node) -> tuple[Profile | None, list[Problem]]:
-    """The model, or None with every fault of types, keys and contradictions."""
+def validate(root: Node, *, whole: bool = True) -> tuple[Profile | None, list[Problem]]:
+    """The model, or None with every fault of types, keys and contradictions.
+
+    Contradictions are only looked for in a ``whole`` profile: what a file that can't be read says is not missing.
+    """
     data = root.plain()
-    problems = [_problem(root, place, message) for place, message in conflicts(data)]
+    problems = [_problem(root, place, message) for place, message in conflicts(data)] if whole else []
     try:
         return Profile.model_validate(_as_tuples(data)), problems
     except ValidationError as error:

@@ -28,6 +28,7 @@ class Layers:
     mappings: list[Node] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    unreadable: bool = False  # a file could not be read, so values may be missing that are there
 
 
 def shown_path(path: Path) -> str:
@@ -85,11 +86,14 @@ def _add(path: Path, layers: Layers, chain: tuple[Path, ...]) -> None:
     if path in layers.files:
         return
     if len(layers.files) + len(chain) >= MAX_FILES:
+        layers.unreadable = True
         layers.problems.append(Problem(shown_path(path), 0, "extends", f"more than {MAX_FILES} profiles in one"))
         return
     node, problems = read_file(path, shown_path(path))
     layers.problems += problems
-    if node is not None:
+    if node is None:
+        layers.unreadable = True
+    else:
         mapping = dict(node.value)
         for reference in _parents(mapping.pop("extends", None), layers.problems):
             _add_parent(reference, path, layers, (*chain, path))
@@ -102,6 +106,8 @@ def _add(path: Path, layers: Layers, chain: tuple[Path, ...]) -> None:
 def _add_parent(reference: Node, child: Path, layers: Layers, chain: tuple[Path, ...]) -> None:
     parent = find_profile(reference.value, folder=child.parent, asking=child)
     origin = reference.origin
+    if parent is None or parent in chain:
+        layers.unreadable = True
     if parent is None:
         layers.problems.append(Problem(origin.file, origin.line, "extends", unknown_profile(reference.value)))
     elif parent in chain:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from recvirt.disk import bootconf, filesystem, formats, gpt, grub, initramfs, packages, spdx
 from recvirt.disk.convert import Converter
@@ -213,14 +214,16 @@ class _Build:
     def _write_facts(self, facts: Facts, files: list[Path]) -> None:
         with ThreadPoolExecutor() as pool:
             digests = list(pool.map(sha256_of, files))
-        told = {
+        told: dict[str, dict[str, Any]] = {
             path.name: {"format": name, "bytes": path.stat().st_size, "sha256": digest}
             for name, path, digest in zip(self.inputs.formats, files, digests, strict=True)
         }
+        # One digest names the image; of several formats that which most people use.
+        named = next((path for path in files if path.suffix == ".qcow2"), files[0])
         subject = spdx.Subject(
             name=f"recvirt-{facts.profile}", suite=facts.suite, epoch=facts.epoch,
             kernel_package=facts.kernel_package if self.inputs.kernel is not None else "",
-            identifier=derived_uuid(self.inputs.seed, "sbom"), sha256=digests[0],
+            identifier=derived_uuid(self.inputs.seed, "sbom"), sha256=told[named.name]["sha256"],
         )  # fmt: skip
         info = None
         if self.inputs.kernel is not None:

@@ -127,6 +127,7 @@ MANY = (
            " echo broken && exit\nexec /usr/bin/systemd-analyze \"$@\"\n", 0o755)),
     Mutant("rescue-needs-no-password", r"sulogin", _menu),
     Mutant("locale-and-time-zone", r"LANG is not", _file("/etc/locale.conf", "LANG=de_DE.UTF-8\n")),
+    Mutant("name-resolution", r"/etc/resolv\.conf is", _file("/etc/resolv.conf", "nameserver 10.0.2.3\n")),
     Mutant("cloud-init-status", r"cloud-init says", _cloud),
     Mutant("cloud-init-data-applied", r"the host name is"),
     Mutant("ssh-refuses-passwords", r"passwordauthentication yes", _sub(
@@ -205,6 +206,9 @@ BROKEN_PROMISES = {
     "modules": r"not loaded: pcspkr_absent",
     "sysctls": r"vm\.swappiness is",
     "services": r"absent\.service",
+    "kernel-command-line": r"recvirt_absent",
+    "unattended-upgrades": r"are off; the profile wants them on",
+    "console-login": r"logged in by itself: nobody; the profile names eve",
     "kernel-release": r"0\.0\.0-absent",
     "kernel-config": r"KVM|config\.gz",
 }

@@ -70,10 +70,13 @@ def many(image: Path, profile: Profile, tools: ToolsRoot, tmp_path_factory: pyte
     promises = type(promises)(promises.packages, config, {"kernel": {"release": "0.0.0-absent"}})
     more = {
         "users": [{"name": "eve", "groups": ["sudo"]}], "modules": ["pcspkr_absent"],
-        "sysctl": {"vm.swappiness": "7"}, "services": ["absent.service"],
+        "sysctl": {"vm.swappiness": "7"}, "services": ["absent.service"], "unattended_upgrades": True,
+        "console_autologin": "eve",
     }  # fmt: skip
     root = profile.root.model_dump(mode="json") | more
-    greedy = Profile.model_validate(profile.model_dump(mode="json") | {"root": root}, strict=False)
+    kernel = profile.kernel.model_dump(mode="json") | {"cmdline": ["recvirt_absent"]}
+    data = profile.model_dump(mode="json") | {"root": root, "kernel": kernel}
+    greedy = Profile.model_validate(data, strict=False)
     names = tuple(item.name for item in select((), ()) if item.name not in ELSEWHERE)
     return results_of(path, greedy, tools, folder / "out", names, promises=promises)
 

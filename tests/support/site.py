@@ -25,6 +25,11 @@ SMALL = (
 )  # fmt: skip
 
 
+def heed_signals() -> None:
+    """A shell's background jobs, and what they start, ignore Ctrl-C; a test's process heeds it all the same."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass
 class Site:
     """Where one recvirt lives. ``token`` is part of every path of it, and of no other."""
@@ -60,7 +65,7 @@ class Site:
         with self.said.open("w") as said:
             process = subprocess.Popen(
                 argv, env=environment, cwd=self.base, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said,
-                text=True,
+                text=True, preexec_fn=heed_signals,
             )  # fmt: skip
         self.started.append(process)
         return process

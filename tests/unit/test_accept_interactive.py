@@ -129,10 +129,10 @@ def test_what_the_vm_wrote_lasts_until_the_image_changes(monkeypatch: pytest.Mon
     for change in (None, None, "two", None):
         if change:
             image.write_text(change * 2)
-        assert interactive.boot(tools, image, folder, wish()) == 7
+        assert interactive.boot(lambda: tools, image, folder, wish()) == 7
     assert len(fakes.overlays) == 2
-    assert interactive.boot(tools, image, folder, wish(fresh=True)) == 7
-    assert interactive.boot(tools, image, folder, wish(ephemeral=True)) == 7
+    assert interactive.boot(lambda: tools, image, folder, wish(fresh=True)) == 7
+    assert interactive.boot(lambda: tools, image, folder, wish(ephemeral=True)) == 7
     assert [path.name for path in fakes.overlays] == ["overlay.qcow2"] * 3 + ["ephemeral.qcow2"]
     assert not (folder / "ephemeral.qcow2").exists() and (folder / "overlay.qcow2").exists()
     assert seen[0]["ssh_port"] == 39995 and seen[0]["pid"] == os.getpid()
@@ -141,7 +141,12 @@ def test_what_the_vm_wrote_lasts_until_the_image_changes(monkeypatch: pytest.Mon
 
 def test_a_wrong_size_is_refused_before_anything_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
-        interactive.boot(FakeTools(tmp_path), tmp_path / "i", tmp_path / "vm", interactive.Wish("bios", "lots", 1))
+        interactive.boot(
+            lambda: pytest.fail("tools were looked for"),
+            tmp_path / "i",
+            tmp_path / "vm",
+            interactive.Wish("bios", "lots", 1),
+        )
     assert not (tmp_path / "vm").exists()
 
 

@@ -314,7 +314,7 @@ def test_promises_are_the_lists_the_profile_and_our_own(tmp_path: Path) -> None:
     assert promises_of(profile, tmp_path).kernel_config == "CONFIG_KVM=m\n"
     assert promises_of(profile, tmp_path).facts["kernel"]["release"] == "6.12"
     stock = profile.model_copy(update={"kernel": Profile.model_validate({"name": "x", "kernel": "debian"}).kernel})
-    assert promises_of(stock, tmp_path).kernel_config is None
+    assert promises_of(stock, tmp_path).kernel_config == "CONFIG_KVM=m\n"
 
 
 def test_patience_grows_with_emulation_and_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -224,6 +224,13 @@ def test_a_file_that_is_not_yaml_does_not_hide_the_others(write: Write) -> None:
     assert found[1] == "p.yaml:2: foo: unknown key"
 
 
+@pytest.mark.parametrize("text", ["a: [\n", "", "- a\n", "extends: nowhere\n", "extends: p\n"])
+def test_what_a_file_that_can_not_be_read_says_is_not_missing(write: Write, text: str) -> None:
+    write("p.yaml", text)
+    (fault,) = faults_of("p.yaml")
+    assert fault.startswith("p.yaml")
+
+
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
@@ -340,3 +347,11 @@ def test_origins_name_file_and_line_of_every_value(write: Write) -> None:
     file, line = loaded.origins["kernel.fragments[0]"]
     assert Path(file).name == "minimal.yaml"
     assert "10-base" in Path(file).read_text().splitlines()[line - 1]
+
+
+@pytest.mark.parametrize("text", ["root: {mirror: %s}", "root: {snapshot_mirror: %s}", "kernel: {tarball: {url: %s}}"])
+def test_urls_hold_no_passwords(write: Write, text: str) -> None:
+    write("p.yaml", "extends: minimal\n" + text % '"https://me:secret@mirror.example/x"')
+    faults = faults_of("p.yaml")
+    assert any("must not hold a user name or password" in fault for fault in faults)
+    assert not any("secret" in fault for fault in faults)

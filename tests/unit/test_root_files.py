@@ -155,7 +155,7 @@ def test_dpkg_keeps_copyrights_and_the_profile_s_language() -> None:
 def test_profile_json_has_no_path_of_the_build_machine() -> None:
     given = facts(
         overlays=("/home/me/overlay",), hooks=({"where": "host", "path": "/home/me/hook"},), keyring="/home/me/k.gpg",
-        mirror="http://me:secret@mirror.example/debian", users=({"name": "ada", "ssh_keys": (KEY,)},),
+        mirror="http://secret.example/debian", users=({"name": "ada", "ssh_keys": (KEY,)},),
     )  # fmt: skip
     text = rendered(given)["etc/recvirt/profile.json"]
     assert "/home/me" not in text and "secret" not in text
