@@ -25,9 +25,8 @@ SMALL = (
 )  # fmt: skip
 
 
-def heed_signals() -> None:
-    """A shell's background jobs, and what they start, ignore Ctrl-C; a test's process heeds it all the same."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+#: A shell's background jobs, and what they start, ignore Ctrl-C; a test's process heeds it all the same (env(1)).
+HEEDING = ("env", "--default-signal=INT")
 
 
 @dataclass
@@ -57,7 +56,7 @@ class Site:
         """Start recvirt with these words; its stderr goes to :attr:`said`."""
         self.temp.mkdir(exist_ok=True)
         argv = [
-            *self.prefix, sys.executable, "-m", "recvirt", "--cache-dir", str(self.cache),
+            *HEEDING, *self.prefix, sys.executable, "-m", "recvirt", "--cache-dir", str(self.cache),
             "--build-dir", str(self.build_dir), "--progress", "plain", *options, *words,
         ]  # fmt: skip
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temp)}
@@ -65,7 +64,7 @@ class Site:
         with self.said.open("w") as said:
             process = subprocess.Popen(
                 argv, env=environment, cwd=self.base, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said,
-                text=True, preexec_fn=heed_signals,
+                text=True,
             )  # fmt: skip
         self.started.append(process)
         return process

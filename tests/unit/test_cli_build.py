@@ -19,7 +19,7 @@ import pytest
 from recvirt import cli, errors
 from recvirt.errors import CommandError, ConfigError, MissingToolError, RecvirtError
 from recvirt.ui import reporter
-from tests.support.site import heed_signals
+from tests.support.site import HEEDING
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -178,10 +178,9 @@ class Lab:
         )  # fmt: skip
 
     def start(self, *words: str, **options: object) -> subprocess.Popen[str]:
-        options.setdefault("preexec_fn", heed_signals)
         return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
-            self.argv(*words), env=self.environment, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, **options,
+            [*HEEDING, *self.argv(*words)], env=self.environment, cwd=self.folder, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, **options,
         )  # fmt: skip
 
     def work_folders(self) -> list[str]:
