@@ -114,7 +114,7 @@ def incremental(site: Site) -> Result:
     stages = stages_of_kernel_change(site)
     facts["stages after a kernel option changed"] = stages
     rows.append(
-        Row.limit("a new kernel on a cached root: repacking the image", series["repack"].wall_seconds, "s",
+        Row.limit("packing the image anew on a cached root, as for a new kernel", series["repack"].wall_seconds, "s",
                   _REPACK_LIMIT_SECONDS, f"a changed kernel option builds {', '.join(stages)}; not the root")
     )  # fmt: skip
     if "root" in stages:
@@ -158,9 +158,12 @@ def list_change(site: Site) -> tuple[list[str], float]:
     # What the second build needs is fetched here: the network's speed says nothing about ours.
     stages = to_build(site.recvirt_json("plan", profile, "--json"))
     site.recvirt("build", profile, log_name="listed-fetch")
-    site.forget(profile, *[stage for stage in stages if stage not in ("kernel_config", "kernel_build")])
-    again = Subject("list changed", lambda: site.recvirt("build", profile, "--offline", log_name="listed-after"))
-    series = in_turn([again], 1, patience_seconds=site.patience_seconds)
+    changed = [stage for stage in stages if stage not in ("kernel_config", "kernel_build")]
+    again = Subject(
+        "list changed", lambda: site.recvirt("build", profile, "--offline", log_name="listed-after"),
+        prepare=lambda: site.forget(profile, *changed),
+    )  # fmt: skip
+    series = in_turn([again], site.runs, patience_seconds=site.patience_seconds)
     drop(site, profile, own)
     return stages, series["list changed"].wall_seconds
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from recvirt.accept import nfsserver
 from recvirt.accept.context import TEST_USER, Acceptance
 from recvirt.accept.guest import Guest
-from recvirt.errors import GuestError
-from recvirt.qemu import CloudConfig, Disk, Forward, MachineSpec, Nic, Vm, make_overlay, make_seed, running
+from recvirt.qemu import CloudConfig, Disk, Forward, MachineSpec, Vm, make_overlay, make_seed, running
 from recvirt.ui import reporter
 
 #: A file that cloud-init writes, and what must stand in it.
@@ -173,11 +172,3 @@ SCENE_BOOTS: dict[str, Callable[[Acceptance], object]] = {"first": first, "secon
 def scene_limit(acceptance: Acceptance) -> float:
     """Seconds after which a scene is surely stuck."""
     return _SCENE_BOOTS * acceptance.patience(acceptance.profile.accept.boot_seconds)
-
-
-def nic_of(model: str) -> Nic:
-    """A card of this model, known to :data:`recvirt.qemu.NIC_MODELS`."""
-    for name in ("virtio-net", "e1000e", "vmxnet3"):
-        if name == model:
-            return Nic(model=name)
-    raise GuestError(f"no network card is called {model}")

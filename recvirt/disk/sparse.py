@@ -24,11 +24,6 @@ def data_ranges(descriptor: int, size_bytes: int, position: int = 0) -> Iterator
         position = end
 
 
-def allocated_bytes(path: Path) -> int:
-    """Bytes of a file that are not holes."""
-    return path.stat().st_blocks * 512
-
-
 def copy_sparse(source: Path, target: Path, *, target_offset: int = 0, truncate: bool = True) -> None:
     """Copy a file's data, holes left out, to ``target`` at an offset. A new target becomes just as long."""
     flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if truncate else 0)

@@ -13,7 +13,7 @@ import pytest
 
 from recvirt.disk import filesystem, formats, ova, xfs
 from recvirt.disk.layout import MIB, derived_uuid, plan_layout
-from recvirt.disk.sparse import allocated_bytes, copy_range, copy_sparse
+from recvirt.disk.sparse import copy_range, copy_sparse
 from recvirt.errors import StageError
 
 OVF = {"o": "http://schemas.dmtf.org/ovf/envelope/1", "v": "http://www.vmware.com/schema/ovf"}
@@ -117,7 +117,7 @@ def test_holes_are_copied_as_holes(tmp_path: Path) -> None:
         stream.write(b"data")
     copy_sparse(source, target)
     assert target.stat().st_size == 64 * MIB
-    assert allocated_bytes(target) < MIB
+    assert target.stat().st_blocks * 512 < MIB
     with target.open("rb") as stream:
         stream.seek(32 * MIB)
         assert stream.read(5) == b"data\0"
