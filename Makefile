@@ -11,13 +11,13 @@ BUILD_FLAGS =
 TEST_FLAGS =
 
 .PHONY: help host dev image check lint types unit acceptance test bench clean stage-tests \
-	acceptance-deep acceptance-vmx acceptance-matrix acceptance-mutations \
+	acceptance-deep acceptance-kernels acceptance-vmx acceptance-matrix acceptance-mutations \
 	image-minimal image-debian-kernel image-kernel-7 image-bookworm image-debug image-bench \
 	acceptance-minimal acceptance-debian-kernel acceptance-kernel-7 acceptance-bookworm
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "longer ones: stage-tests bench acceptance-deep acceptance-vmx acceptance-matrix acceptance-mutations"
+	@echo "longer ones: stage-tests bench acceptance-deep acceptance-kernels acceptance-vmx acceptance-matrix acceptance-mutations"
 	@echo "             image-PROFILE and acceptance-PROFILE for minimal debian-kernel kernel-7 bookworm"
 
 host:
@@ -52,6 +52,9 @@ stage-tests: dev
 
 acceptance-deep: host
 	$(RECVIRT) test --deep $(TEST_FLAGS) $(PROFILE)
+
+acceptance-kernels: host
+	$(RECVIRT) test --kernels $(TEST_FLAGS) $(PROFILE)
 
 acceptance-vmx: host
 	$(RECVIRT) test --vmx $(TEST_FLAGS) $(PROFILE)

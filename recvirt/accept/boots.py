@@ -138,6 +138,15 @@ def powercut(acceptance: Acceptance) -> Iterator[Guest]:
         yield guest
 
 
+@contextmanager
+def kernels(acceptance: Acceptance) -> Iterator[Guest]:
+    """A machine with a keyboard on its serial console, which gets other kernels."""
+    overlay = fresh_overlay(acceptance, acceptance.work_dir / "kernels", GROWTH_BYTES)
+    cloud = cloud_config(acceptance, "kernels")
+    with booted(acceptance, "kernels", overlay, cloud, MachineSpec(interactive=True)) as guest:
+        yield guest
+
+
 def _cut_after(acceptance: Acceptance, vm: Vm, written_bytes: int) -> tuple[float, str]:
     """Cut the power when the guest has written enough, or at the latest when its SSH server greets."""
     access = vm.ssh(TEST_USER, acceptance.key)
@@ -166,7 +175,9 @@ def bytes_written(vm: Vm) -> int:
     return sum(int(item["stats"]["wr_bytes"]) for item in vm.qmp.execute("query-blockstats"))
 
 
-SCENE_BOOTS: dict[str, Callable[[Acceptance], object]] = {"first": first, "second": second, "powercut": powercut}
+SCENE_BOOTS: dict[str, Callable[[Acceptance], object]] = {
+    "first": first, "second": second, "powercut": powercut, "kernels": kernels,
+}  # fmt: skip
 
 
 def scene_limit(acceptance: Acceptance) -> float:

@@ -25,6 +25,7 @@ class Options:
     """What a person asked for."""
 
     deep: bool = False
+    kernels: bool = False
     matrix: bool = False
     vmx: bool = False
     checks: tuple[str, ...] = ()
@@ -33,7 +34,7 @@ class Options:
     @property
     def scenes(self) -> tuple[str, ...]:
         """The optional scenes that are wanted."""
-        return tuple(name for name in ("deep", "matrix", "vmx") if getattr(self, name))
+        return tuple(name for name in ("deep", "kernels", "matrix", "vmx") if getattr(self, name))
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,11 @@ SCENES = {
     "powercut": "a third copy, whose power is cut several times during the first boot",
     "pair": "first and second copy, compared",
     "deep": "an L2 that is the image itself, and an L3 in it",
+    "kernels": "kernels that are installed, fail and are removed; the rescue shell",
     "matrix": "a boot for each disk controller and network card",
     "vmx": "the kernel on an emulated Intel processor (Bochs)",
 }
-OPTIONAL_SCENES = ("deep", "matrix", "vmx")
+OPTIONAL_SCENES = ("deep", "kernels", "matrix", "vmx")
 #: A scene that is a later part of another one's boot, or needs several.
 NEEDS = {"reboot": ("first",), "pair": ("first", "second")}
 
@@ -42,6 +43,7 @@ _MODULES = (
     "storage",
     "virtual",
     "lifecycle",
+    "kernels",
     "deeper",
     "matrix",
     "vmx",

@@ -49,6 +49,7 @@ def resolve_target(app: App, target: str, profile: str | None = None) -> tuple[P
 @_target_argument
 @click.option("--profile", "profile_name", metavar="PROFILE", help="The profile that an IMAGE has to fulfil.")
 @click.option("--deep", is_flag=True, help="Also boot the image inside itself as an L2, and an L3 in that.")
+@click.option("--kernels", is_flag=True, help="Also install, lose and remove kernels, and open the rescue shell.")
 @click.option("--matrix", is_flag=True, help="Also boot from each disk controller and through each network card.")
 @click.option("--vmx", is_flag=True, help="Also run the kernel on an emulated Intel processor (Bochs; minutes).")
 @click.option("--check", "names", multiple=True, metavar="NAME", help="Run only this check. May be repeated.")
@@ -65,6 +66,7 @@ def test(
     target: str,
     profile_name: str | None,
     deep: bool,
+    kernels: bool,
     matrix: bool,
     vmx: bool,
     names: tuple[str, ...],
@@ -87,7 +89,7 @@ def test(
     """
     from recvirt.accept import Options, run_acceptance, select
 
-    options = Options(deep=deep, matrix=matrix, vmx=vmx, checks=names, parallel=parallel or 0)
+    options = Options(deep=deep, kernels=kernels, matrix=matrix, vmx=vmx, checks=names, parallel=parallel or 0)
     if only_list:
         _print_list(options, as_json)
         return

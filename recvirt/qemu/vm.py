@@ -20,6 +20,7 @@ from recvirt import run as runner
 from recvirt.errors import CommandError, GuestError
 from recvirt.qemu.argv import (
     CONSOLE_LOG,
+    CONSOLE_SOCKET,
     OVMF_VARIABLES,
     QMP_SOCKET,
     UEFI_VARIABLES,
@@ -97,6 +98,11 @@ class Vm:
 
     def _console_bytes(self) -> int:
         return self.console_path.stat().st_size if self.console_path.exists() else 0
+
+    def type(self, text: str) -> None:
+        """Type on the serial console of an ``interactive`` machine."""
+        with connect_unix(self.folder, CONSOLE_SOCKET, seconds=10) as connection:
+            connection.sendall(text.encode())
 
     def error(self, message: str) -> GuestError:
         """A GuestError with the last lines of the console and of QEMU itself."""

@@ -185,10 +185,26 @@ def _no_controllers(image: SpoiltImage) -> None:
 DEEP = (
     Mutant("image-boots-as-l2", r"failed units in the L2: broken\.service", _broken_unit),
     Mutant("libvirt-network-in-l2", r"192\.168\.122\.0/24", _same_subnet),
+    Mutant("file-to-l2-and-back", r"they differ", _file(
+        "/usr/local/bin/sha256sum", "#!/bin/sh\n/usr/bin/sha256sum | tr 0-8 1-9\n", 0o755)),
     Mutant("l3-under-kvm", r"[Kk][Vv][Mm]", _sub("/etc/modprobe.d/recvirt-nested.conf", "nested=1", "nested=0")),
 )
 
 _NEVER_CAME = r"an SSH login as rvtest did not come.*(rootwait|unable to mount root|panic)"
+
+def _deaf_boot_menu(image: SpoiltImage) -> None:
+    image.change("/usr/sbin/recvirt-update-boot", lambda _: "#!/bin/sh\nexit 0\n", 0o755)
+
+
+#: Kernels that come and go (``--kernels``): a menu that nobody keeps, and a root that is locked in emergency mode too.
+KERNELS = (
+    Mutant("new-kernel-is-kept", r"no kernel into the menu", _deaf_boot_menu),
+    Mutant("failing-kernel-is-given-up", r"of 99\.0\.0-broken it is not known"),
+    Mutant("removed-kernels-leave-the-menu", r"no other kernel in the menu"),
+    Mutant("emergency-entry-opens-a-shell", r"Press Enter for maintenance.*did not come", lambda image: image.change(
+        "/boot/grub/grub.cfg", lambda text: text.replace(" systemd.setenv=SYSTEMD_SULOGIN_FORCE=1", ""))),
+)
+
 #: Other hardware (``--matrix``): no driver for four of the disks, and a broken unit for the boot that is left.
 MATRIX = (
     Mutant("boots-on-virtio-blk-and-virtio-net", r"failed units: broken\.service", _broken_unit),

@@ -25,7 +25,7 @@ from recvirt.errors import AcceptanceError
 from recvirt.model import Profile
 from recvirt.qemu import make_overlay
 from recvirt.sandbox import ToolsRoot
-from tests.acceptance.spoilt import BROKEN_PROMISES, DEEP, ELSEWHERE, FEW, MANY, MATRIX, VMX, Mutant, spoil
+from tests.acceptance.spoilt import BROKEN_PROMISES, DEEP, ELSEWHERE, FEW, KERNELS, MANY, MATRIX, VMX, Mutant, spoil
 from tests.support.namespace import Namespace
 from tests.support.spoil import SpoiltImage
 
@@ -82,7 +82,7 @@ def many(image: Path, profile: Profile, tools: ToolsRoot, tmp_path_factory: pyte
 
 
 def test_every_check_has_a_spoilt_image() -> None:
-    mutants = (*FEW, *MANY, *DEEP, *MATRIX, *VMX)
+    mutants = (*FEW, *MANY, *DEEP, *KERNELS, *MATRIX, *VMX)
     covered = {mutant.check for mutant in mutants} | set(BROKEN_PROMISES) | ELSEWHERE
     assert covered == {item.name for item in all_checks()}
 
@@ -159,6 +159,14 @@ def spoilt_results(
 def test_one_level_down_rejects(image: Path, profile: Profile, tools: ToolsRoot, tmp_path: Path) -> None:
     found = spoilt_results(image, profile, tools, tmp_path, DEEP)
     for mutant in DEEP:
+        rejected(found, mutant.check, mutant.words)
+
+
+def test_a_menu_that_nobody_keeps_is_rejected(image: Path, profile: Profile, tools: ToolsRoot, tmp_path: Path) -> None:
+    # Long enough for boots that come up.
+    hasty = profile.model_copy(update={"accept": profile.accept.model_copy(update={"boot_seconds": 60})})
+    found = spoilt_results(image, hasty, tools, tmp_path, KERNELS)
+    for mutant in KERNELS:
         rejected(found, mutant.check, mutant.words)
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import secrets
+
 from recvirt.accept import tinyvm
 from recvirt.accept.checks.virtual import judge_libvirt_network
 from recvirt.accept.guest import Guest
 from recvirt.accept.registry import check
 from recvirt.accept.results import Failed, Skipped
+
+_FILE_BYTES = 1_000_000
 
 
 @check("image-boots-as-l2", "deep")
@@ -35,6 +41,18 @@ def libvirt_network_in_l2(guest: Guest) -> str:
     if inner.overlaps(outer):
         raise Failed(f"L1 and L2 both use {inner}")
     return f"L1: {outer}, L2: {inner}"
+
+
+@check("file-to-l2-and-back", "deep")
+def file_to_l2_and_back(guest: Guest) -> str:
+    """A file goes through the L1 into the L2 and comes back unchanged"""
+    data = secrets.token_bytes(_FILE_BYTES)
+    guest.copy_in(data, "/var/tmp/recvirt-file")
+    inside = guest.out("sha256sum < /var/tmp/recvirt-file").split()[0]
+    back = base64.b64decode(guest.out("base64 -w 0 /var/tmp/recvirt-file"))
+    if inside != hashlib.sha256(data).hexdigest() or back != data:
+        raise Failed(f"{len(data)} bytes went in, {len(back)} came back, and they differ")
+    return f"{len(data)} bytes"
 
 
 @check("l3-under-kvm", "deep")

@@ -6,12 +6,23 @@ from recvirt.accept.guest import Guest
 from recvirt.accept.registry import check
 from recvirt.accept.results import Failed, Skipped
 
-_APT = "apt-get -q -o DPkg::Lock::Timeout=120 -o Acquire::Retries=1 -o Acquire::http::Timeout=20"
+APT = "apt-get -q -o DPkg::Lock::Timeout=120 -o Acquire::Retries=1 -o Acquire::http::Timeout=20"
 
 
 @check("apt-upgrade", "second")
 def apt_upgrade(guest: Guest) -> str:
     """apt update and upgrade work inside the image, where the archive can be reached"""
+    sources = update(guest)
+    guest.out(f"DEBIAN_FRONTEND=noninteractive {APT} -y --with-new-pkgs upgrade", seconds=600)
+    guest.out("apt-get check && dpkg --audit", seconds=120)
+    left = guest.out("apt-get -s -q upgrade | grep -c '^Inst ' || :")
+    if left != "0":
+        raise Failed(f"{left} packages are still to be upgraded")
+    return f"{sources} sources; nothing left to upgrade"
+
+
+def update(guest: Guest) -> int:
+    """``apt-get update``; the number of sources. Skipped without a network, Failed when apt complains."""
     printed = guest.out("apt-get -q --print-uris update")
     uris = [word.strip("'") for word in printed.split() if word.startswith("'")]
     if not uris:
@@ -20,7 +31,7 @@ def apt_upgrade(guest: Guest) -> str:
     away = sorted(host for host in hosts if guest.run(f"getent ahostsv4 {host}", seconds=30).status != 0)
     if away:
         raise Skipped("the archive's name does not resolve from here: no network")
-    updated = guest.run(f"{_APT} update", seconds=300)
+    updated = guest.run(f"{APT} update", seconds=300)
     text = updated.stdout + updated.stderr
     if updated.status != 0 and any(
         word in text for word in ("Could not connect", "Network is unreachable", "timed out")
@@ -28,9 +39,4 @@ def apt_upgrade(guest: Guest) -> str:
         raise Skipped("the archive can't be reached from here")
     if updated.status != 0 or "\nW: " in text or "\nE: " in text:
         raise Failed(f"apt-get update: {text[-800:]}")
-    guest.out(f"DEBIAN_FRONTEND=noninteractive {_APT} -y --with-new-pkgs upgrade", seconds=600)
-    guest.out("apt-get check && dpkg --audit", seconds=120)
-    left = guest.out("apt-get -s -q upgrade | grep -c '^Inst ' || :")
-    if left != "0":
-        raise Failed(f"{left} packages are still to be upgraded")
-    return f"{len(uris)} sources; nothing left to upgrade"
+    return len(uris)
