@@ -202,7 +202,8 @@ def _audit(done: _Configured) -> dict[str, Any]:
         "reasons": {name: entry["reason"] for name, entry in done.report["symbols"].items()},
     }  # fmt: skip
     choice = done.profile.kernel
-    name = auditing.debian_config_package(choice.package.package) if choice.source == "package" else ""
+    # A tarball's or tree's kernel is set beside the suite's: another version, but the same choices.
+    name = auditing.debian_config_package(choice.package.package) if choice.source != "debian" else ""
     if name:
         debian_archive = archive_for(done.profile, choice.package.suite, context)
         package = debian_archive.find(name)
