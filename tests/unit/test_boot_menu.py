@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -78,10 +79,19 @@ def test_newest_kernel_comes_first_by_version_not_by_letters(tree: Tree) -> None
     tree.add("6.9.30-old", "6.12.10-new")
     tree.run()
     assert [entry for entry in tree.entries if "-rescue" not in entry and "-emergency" not in entry][:3] == [
-        "6.12.10-new",
-        "6.12.1-running",
-        "6.9.30-old",
+        "kernel-6.12.10-new",
+        "kernel-6.12.1-running",
+        "kernel-6.9.30-old",
     ]
+
+
+def test_grub_can_take_no_identifier_for_a_number(tree: Tree) -> None:
+    """"6.12.1" means the seventh entry to GRUB (grub-core/normal/menu.c), which may be any: restart, for example."""
+    tree.add("6.12.10-new")
+    tree.run()
+    assert len(tree.entries) > 6 and all(entry[0].isalpha() for entry in tree.entries)
+    chosen = re.findall(r'set (?:default|fallback)="(\S+)"', tree.menu)
+    assert chosen == ["kernel-$saved_entry", "kernel-$saved_entry", "kernel-$tried_entry"]
 
 
 def test_every_kernel_has_rescue_entries_that_need_no_password(tree: Tree) -> None:
@@ -89,7 +99,7 @@ def test_every_kernel_has_rescue_entries_that_need_no_password(tree: Tree) -> No
     tree.run()
     for release in ("6.12.1-running", "6.12.10-new"):
         for mode in ("rescue", "emergency"):
-            block = tree.menu.split(f"--id '{release}-{mode}'")[1].split("}")[0]
+            block = tree.menu.split(f"--id 'kernel-{release}-{mode}'")[1].split("}")[0]
             assert f"systemd.unit={mode}.target" in block
             assert "SYSTEMD_SULOGIN_FORCE=1" in block
             assert f"/boot/vmlinuz-{release} " in block
@@ -186,7 +196,7 @@ def test_a_new_kernel_that_did_not_come_up_is_remembered_as_failed(tree: Tree) -
     said = tree.run("--good")
     assert "6.12.10-new was tried and did not come up" in said
     assert tree.memory == {"saved_entry": "6.12.1-running", "failed_entry": "6.12.10-new"}
-    assert "6.12.10-new" in tree.entries, "a person may still choose it"
+    assert "kernel-6.12.10-new" in tree.entries, "a person may still choose it"
 
 
 def test_good_does_not_write_the_menu(tree: Tree) -> None:
