@@ -110,7 +110,8 @@ def remembered(image: Path, tools: ToolsRoot, folder: Path) -> set[str]:
         esp = contents.esp()
         assert esp is not None
         block = read_from_esp(image, esp, [GRUBENV], tools, folder)[GRUBENV]
-    return {line for line in block.decode().splitlines() if "=" in line}
+    # GRUB keeps a name whose value it has cleared.
+    return {line for line in block.decode().splitlines() if "=" in line and not line.endswith("=")}
 
 
 def boot(tools: ToolsRoot, disk: Path, firmware: str, folder: Path) -> str:

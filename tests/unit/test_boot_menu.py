@@ -90,8 +90,15 @@ def test_grub_can_take_no_identifier_for_a_number(tree: Tree) -> None:
     tree.add("6.12.10-new")
     tree.run()
     assert len(tree.entries) > 6 and all(entry[0].isalpha() for entry in tree.entries)
-    chosen = re.findall(r'set (?:default|fallback)="(\S+)"', tree.menu)
-    assert chosen == ["kernel-$saved_entry", "kernel-$saved_entry", "kernel-$tried_entry"]
+    assert re.findall(r'set default="(\S+)"', tree.menu) == ["kernel-$saved_entry", "kernel-$tried_entry"]
+
+
+def test_the_fallback_is_the_place_of_the_good_kernel(tree: Tree) -> None:
+    tree.add("6.12.10-new", "6.9.30-old")
+    tree.run()
+    places = re.findall(r'if \[ "\$saved_entry" = "(\S+)" \]; then\n +set fallback=(\d+)\n', tree.menu)
+    assert [version for version, _ in places] == ["6.12.10-new", "6.12.1-running", "6.9.30-old"]
+    assert [tree.entries[int(place)] for _, place in places] == [f"kernel-{version}" for version, _ in places]
 
 
 def test_every_kernel_has_rescue_entries_that_need_no_password(tree: Tree) -> None:
