@@ -201,7 +201,7 @@ KERNELS = (
     Mutant("new-kernel-is-kept", r"no kernel into the menu", _deaf_boot_menu),
     Mutant("failing-kernel-is-given-up", r"of 99\.0\.0-broken it is not known"),
     Mutant("removed-kernels-leave-the-menu", r"no other kernel in the menu"),
-    Mutant("emergency-entry-opens-a-shell", r"Press Enter for maintenance.*did not come", lambda image: image.change(
+    Mutant("emergency-entry-opens-a-shell", r"Press Enter for .*did not come", lambda image: image.change(
         "/boot/grub/grub.cfg", lambda text: text.replace(" systemd.setenv=SYSTEMD_SULOGIN_FORCE=1", ""))),
 )
 

@@ -143,7 +143,7 @@ def emergency_entry_opens_a_shell(guest: Guest) -> str:
     vm.mark()
     patience = guest.acceptance.patience
     limit = patience(guest.acceptance.profile.accept.boot_seconds)
-    vm.wait_for(r"Press Enter for maintenance", limit)
+    vm.wait_for(r"Press Enter for (system )?maintenance", limit)
     word = secrets.token_hex(8)
     vm.type("\n")
     vm.wait_for(r"[#\$] $", patience(60))
