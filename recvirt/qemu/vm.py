@@ -34,6 +34,7 @@ from recvirt.sandbox import ToolsRoot
 from recvirt.ui import format_bytes
 
 QEMU_LOG = "qemu.log"
+_ECHO_BYTES = 8
 #: What the machine's hardware was doing when a wait ended in vain.
 STATE_LOG = "machine-state.txt"
 _STATE_COMMANDS = ("info status", "info cpus", "info registers -a", "info irq", "info pic", "info blockstats")
@@ -99,10 +100,26 @@ class Vm:
     def _console_bytes(self) -> int:
         return self.console_path.stat().st_size if self.console_path.exists() else 0
 
-    def type(self, text: str) -> None:
-        """Type on the serial console of an ``interactive`` machine."""
+    def type(self, text: str, seconds: float = 60.0) -> None:
+        """Type one line on the serial console of an ``interactive`` machine, and wait until it was echoed.
+
+        What a guest has not read when the connection ends is lost: its serial port takes a few bytes at a time.
+        GuestError when nothing is echoed for ``seconds``.
+        """
+        tail = text.encode().rstrip(b"\n")[-_ECHO_BYTES:]
+        seen = b""
         with connect_unix(self.folder, CONSOLE_SOCKET, seconds=10) as connection:
             connection.sendall(text.encode())
+            connection.settimeout(seconds)
+            try:
+                while tail not in seen:
+                    seen += connection.recv(4096)
+                # The line's end comes right behind its echoed tail.
+                connection.settimeout(1.0)
+                connection.recv(4096)
+            except TimeoutError:
+                if tail not in seen:
+                    raise self.error(f"what was typed did not come back in {seconds:.0f} s: {text!r}") from None
 
     def error(self, message: str) -> GuestError:
         """A GuestError with the last lines of the console and of QEMU itself."""

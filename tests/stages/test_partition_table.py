@@ -36,7 +36,7 @@ def disk(tools: ToolsRoot, tmp_path: Path) -> Path:
 def mend(tools: ToolsRoot, disk: Path) -> str:
     """Run the script on this disk instead of the one that holds the root."""
     text = data_path("templates", "root", "usr/lib/recvirt/gpt-mend").read_text()
-    text, found = re.subn(r"(?s)^uuid=\n.*?^(?=case \$\(LC_ALL)", f"disk={disk}\n", text, flags=re.MULTILINE)
+    text, found = re.subn(r"(?s)^partition=/sys/dev.*?^(?=case \$\(LC_ALL)", f"disk={disk}\n", text, flags=re.MULTILINE)
     assert found == 1
     return tools.run(["sh", "-c", text], writable=[disk.parent]).stdout
 

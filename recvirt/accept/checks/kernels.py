@@ -148,9 +148,9 @@ def emergency_entry_opens_a_shell(guest: Guest) -> str:
     vm.type("\n")
     vm.wait_for(r"[#\$] $", patience(60))
     # The console echoes what is typed: only a shell takes the quotes out.
-    vm.type(f"id -u; echo '{word[:8]}''{word[8:]}'\n")
+    vm.type(f"id -u; echo '{word[:8]}''{word[8:]}'\n", patience(60))
     vm.wait_for(rf"(?m)^0\n{word}$", patience(60))
-    vm.type("systemctl --force reboot\n")
+    vm.type("systemctl --force reboot\n", patience(60))
     vm.mark()
     vm.wait_ssh(guest.access, limit)
     guest.wait_settled()
