@@ -150,6 +150,8 @@ def _prepare(guest: Guest) -> None:
     """Put kernel and initramfs where the ordinary user can read them."""
     if guest.facts.get("tiny-vm-ready"):
         return
+    # On a slow machine udev may still be loading modules, KVM's among them, when systemd has long settled.
+    guest.run("udevadm settle --timeout=120", seconds=150)
     guest.out(f"mkdir -p {FOLDER}", root=False)
     guest.copy_in(initramfs(busybox_of(guest.acceptance.tools)), f"{FOLDER}/initrd")
     guest.out(f'install -m 644 "/boot/vmlinuz-$(uname -r)" {FOLDER}/vmlinuz')
