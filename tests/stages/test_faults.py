@@ -7,7 +7,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 
 from recvirt.sandbox import ToolsRoot
 from tests.support.namespace import Namespace
-from tests.support.site import SMALL, Site, adopt_downloads, adopt_tools
+from tests.support.site import SMALL, Site, adopt_downloads, adopt_tools, kill_after
 
 pytestmark = pytest.mark.slow
 
@@ -109,12 +108,7 @@ def test_killed_at_random_instants(site: Site, reference: tuple[Site, float]) ->
     for _ in range(3):
         process = site.start("build", *SMALL)
         patience = chosen.uniform(0, reference[1])
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            print(f"killed after {patience:.2f} s")
+        kill_after(process, patience)
         site.assert_quiet()
     site.built()
     site.assert_clean()

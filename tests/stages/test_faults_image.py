@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 
 from recvirt.sandbox import ToolsRoot
 from recvirt.store import remove_tree, sha256_of
-from tests.support.site import Site, adopt_downloads, adopt_tools
+from tests.support.site import Site, adopt_downloads, adopt_tools, kill_after
 
 pytestmark = pytest.mark.slow
 
@@ -75,12 +74,7 @@ def test_killed_while_the_image_is_made(site: Site) -> None:
         process = site.start("build", *WORDS)
         site.wait_until(process, lambda: "image ..." in site.said.read_text())
         patience = chosen.uniform(0, seconds)
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            print(f"killed after {patience:.2f} s")
+        kill_after(process, patience)
         site.assert_quiet()
         for name, digest in products(site).items():
             assert whole[name] == digest, f"{name} is neither whole nor absent"

@@ -29,6 +29,16 @@ SMALL = (
 HEEDING = ("env", "--default-signal=INT")
 
 
+def kill_after(process: subprocess.Popen[str], seconds: float) -> None:
+    """Kill a program that has not ended by itself within ``seconds``."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        print(f"killed after {seconds:.2f} s")
+
+
 @dataclass
 class Site:
     """Where one recvirt lives. ``token`` is part of every path of it, and of no other."""
