@@ -1,4 +1,4 @@
-"""How each scene brings up its guest: fresh overlays, NoCloud data, NFS servers, power cuts."""
+"""How each scene brings up its guest: fresh overlays, first-boot data, NFS servers, power cuts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,25 @@ from pathlib import Path
 from recvirt.accept import nfsserver
 from recvirt.accept.context import TEST_USER, Acceptance
 from recvirt.accept.guest import Guest
-from recvirt.qemu import CloudConfig, Disk, Forward, MachineSpec, Vm, make_overlay, make_seed, running
+from recvirt.qemu import (
+    CloudConfig,
+    Disk,
+    Forward,
+    MachineSpec,
+    Vm,
+    make_config_drive,
+    make_overlay,
+    make_seed,
+    running,
+)
+from recvirt.sandbox import ToolsRoot
 from recvirt.ui import reporter
 
 #: A file that cloud-init writes, and what must stand in it.
 MARKER_PATH = "/etc/recvirt-test-marker"
 NFS_CONF = "/etc/recvirt/nfs.conf"
+#: cloud-init's name of the datasource.
+CONFIG_DRIVE = "ConfigDrive"
 #: How much larger than the image the first guest's disk is.
 GROWTH_BYTES = 1024**3
 #: The power is cut when the guest has written so much since the start of its first boot.
@@ -65,11 +78,17 @@ def fresh_overlay(acceptance: Acceptance, folder: Path, growth_bytes: int = 0) -
 
 @contextmanager
 def booted(
-    acceptance: Acceptance, name: str, overlay: Path, cloud: CloudConfig, template: MachineSpec
+    acceptance: Acceptance,
+    name: str,
+    overlay: Path,
+    cloud: CloudConfig,
+    template: MachineSpec,
+    *,
+    make_data: Callable[[ToolsRoot, CloudConfig, Path], Path] = make_seed,
 ) -> Iterator[Guest]:
     """Boot an overlay and wait until SSH works and systemd has settled."""
     folder = acceptance.work_dir / name
-    seed = make_seed(acceptance.tools, cloud, folder)
+    seed = make_data(acceptance.tools, cloud, folder)
     spec = machine(acceptance, overlay, seed, template)
     limit = acceptance.patience(acceptance.profile.accept.boot_seconds)
     with running(acceptance.tools, spec, folder) as vm:
@@ -103,7 +122,10 @@ def first(acceptance: Acceptance) -> Iterator[Guest]:
 
 @contextmanager
 def second(acceptance: Acceptance) -> Iterator[Guest]:
-    """UEFI; both NFS servers are away: one port refuses, the other accepts and says nothing. No host name is given."""
+    """UEFI; both NFS servers are away: one port refuses, the other accepts and says nothing. No host name is given.
+
+    The data come on a config drive, where the profile lets cloud-init look for one, and there is room for a disk.
+    """
     folder = acceptance.work_dir / "second"
     overlay = fresh_overlay(acceptance, folder)
     files: list[tuple[str, str]] = []
@@ -117,7 +139,9 @@ def second(acceptance: Acceptance) -> Iterator[Guest]:
             )
             files.append((NFS_CONF, text))
         cloud = replace(cloud_config(acceptance, "second", tuple(files)), hostname="")
-        yield stack.enter_context(booted(acceptance, "second", overlay, cloud, MachineSpec(firmware="uefi")))
+        make_data = make_config_drive if CONFIG_DRIVE in acceptance.profile.root.cloud_init.datasources else make_seed
+        template = MachineSpec(firmware="uefi", spare_port=True)
+        yield stack.enter_context(booted(acceptance, "second", overlay, cloud, template, make_data=make_data))
 
 
 @contextmanager

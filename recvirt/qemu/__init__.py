@@ -8,7 +8,7 @@ from recvirt.qemu.argv import DISK_BUSES, NIC_MODELS, Disk, Forward, MachineSpec
 from recvirt.qemu.disks import check_image, image_info, make_overlay
 from recvirt.qemu.probe import Accelerator, find_accelerator
 from recvirt.qemu.qmp import QmpClient, QmpError
-from recvirt.qemu.seed import CloudConfig, make_seed
+from recvirt.qemu.seed import CloudConfig, make_config_drive, make_seed
 from recvirt.qemu.ssh import SshAccess, make_key
 from recvirt.qemu.vm import Vm, running
 
@@ -28,6 +28,7 @@ __all__ = [
     "check_image",
     "find_accelerator",
     "image_info",
+    "make_config_drive",
     "make_key",
     "make_overlay",
     "make_seed",

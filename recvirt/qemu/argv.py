@@ -27,6 +27,8 @@ CONSOLE_SOCKET = "console.sock"
 CONSOLE_SOCKET_2 = "console2.sock"
 VIRTIO_CONSOLE_LOG = "hvc0.log"
 UEFI_VARIABLES = "uefi-vars.fd"
+#: QEMU's name of the port that ``spare_port`` gives.
+SPARE_PORT = "spare"
 
 #: Firmware of Debian's package ``ovmf``, inside the tools root. The variables are copied, for each VM writes its own.
 OVMF_CODE = "/usr/share/OVMF/OVMF_CODE_4M.fd"
@@ -72,6 +74,7 @@ class MachineSpec:
     ``kernel`` and ``initrd`` start a kernel without any boot loader. ``credentials`` are systemd system credentials
     (name to bytes), handed over as SMBIOS strings of type 11 (systemd.exec(5), "Credentials").
     ``interactive`` gives the serial console two sockets besides its log; ``vnc`` is a display number, or None.
+    ``spare_port`` is an empty PCI Express port, for a device that comes while the guest runs.
     """
 
     accelerator: AcceleratorName = "tcg"
@@ -85,6 +88,7 @@ class MachineSpec:
     cmdline: str = ""
     credentials: Mapping[str, bytes] = field(default_factory=dict)
     interactive: bool = False
+    spare_port: bool = False
     vnc: int | None = None
     reboot_allowed: bool = True
 
@@ -108,6 +112,8 @@ def qemu_argv(spec: MachineSpec) -> list[str]:
         words += disk_words(index, disk)
     for index, nic in enumerate(spec.nics):
         words += nic_words(index, nic)
+    if spec.spare_port:
+        words += ["-device", f"pcie-root-port,id={SPARE_PORT},chassis=1"]
     if spec.kernel is not None:
         words += ["-kernel", str(spec.kernel)]
         words += ["-initrd", str(spec.initrd)] if spec.initrd else []

@@ -1,6 +1,7 @@
-"""First-boot data for cloud-init: a NoCloud seed, which is a small FAT file system labelled ``CIDATA``.
+"""First-boot data for cloud-init: a small FAT file system, a NoCloud seed or a config drive.
 
-The fields are documented in cloud-init's manual, "NoCloud". mtools writes the file system: nothing is mounted.
+The fields are documented in cloud-init's manual, "NoCloud" and "Config drive". mtools writes the file system:
+nothing is mounted.
 """
 
 from __future__ import annotations
@@ -64,13 +65,28 @@ def make_seed(tools: ToolsRoot, config: CloudConfig, folder: Path) -> Path:
     return pack_seed(tools, folder)
 
 
+def make_config_drive(tools: ToolsRoot, config: CloudConfig, folder: Path) -> Path:
+    """Write ``config-drive.img`` into ``folder``: the same as OpenStack tells its machines, on a disk."""
+    data = {"uuid": config.instance_id, "name": config.hostname or config.instance_id}
+    if config.hostname:
+        data["hostname"] = config.hostname
+    tree = folder / "openstack"
+    latest = tree / "latest"
+    latest.mkdir(parents=True, exist_ok=True)
+    (latest / "meta_data.json").write_text(json.dumps(data) + "\n")
+    (latest / "user_data").write_text(config.user_data())
+    return _pack(tools, folder / "config-drive.img", "CONFIG-2", [tree])
+
+
 def pack_seed(tools: ToolsRoot, folder: Path) -> Path:
     """Make ``seed.img`` of the files ``user-data`` and ``meta-data`` in ``folder``."""
-    seed = folder / "seed.img"
-    user_data, meta_data = folder / "user-data", folder / "meta-data"
-    with seed.open("wb") as stream:
+    return _pack(tools, folder / "seed.img", "CIDATA", [folder / "user-data", folder / "meta-data"])
+
+
+def _pack(tools: ToolsRoot, image: Path, label: str, contents: list[Path]) -> Path:
+    with image.open("wb") as stream:
         stream.truncate(_SEED_BYTES)
     # mtools' own mformat leaves what looks like a partition table: the kernel would show a partition of the same label.
-    script = 'mkfs.vfat -n CIDATA "$1" >/dev/null && mcopy -i "$1" "$2" "$3" ::'
-    tools.run(["sh", "-c", script, "sh", str(seed), str(user_data), str(meta_data)], writable=[folder])
-    return seed
+    script = 'image=$1; mkfs.vfat -n "$2" "$image" >/dev/null; shift 2; mcopy -s -i "$image" "$@" ::'
+    tools.run(["sh", "-ec", script, "sh", str(image), label, *map(str, contents)], writable=[image.parent])
+    return image

@@ -23,6 +23,7 @@ from recvirt.qemu.argv import (
     CONSOLE_SOCKET,
     OVMF_VARIABLES,
     QMP_SOCKET,
+    SPARE_PORT,
     UEFI_VARIABLES,
     MachineSpec,
     qemu_argv,
@@ -206,6 +207,28 @@ class Vm:
 
         self.wait_until(look, seconds, f"“{pattern}” on the console")
         return found[-1]
+
+    def plug_disk(self, path: Path, serial: str) -> None:
+        """Attach a raw disk to a machine that has a ``spare_port``. ``path`` must lie in a folder of its disks."""
+        file = {"driver": "file", "filename": str(path)}
+        self.qmp.execute("blockdev-add", {"driver": "raw", "node-name": serial, "file": file})
+        device = {"driver": "virtio-blk-pci", "bus": SPARE_PORT, "id": serial, "drive": serial, "serial": serial}
+        self.qmp.execute("device_add", device)
+
+    def unplug_disk(self, serial: str, seconds: float) -> None:
+        """Ask the guest to give a disk back, and take it. GuestError when it does not let go."""
+        self.qmp.execute("device_del", {"id": serial})
+
+        def is_gone() -> bool:
+            self.qmp.execute("query-status")  # events come with answers
+            return any(
+                event.get("event") == "DEVICE_DELETED" and event["data"].get("device") == serial
+                for event in self.qmp.events
+            )
+
+        self.wait_until(is_gone, seconds, f"the guest's leave to take the disk {serial}")
+        self.qmp.events[:] = [event for event in self.qmp.events if event["data"].get("device") != serial]
+        self.qmp.execute("blockdev-del", {"node-name": serial})
 
     def host_port(self, guest_port: int) -> int:
         """The host's port that leads to ``guest_port``. QEMU itself bound a free one, so nobody races for it."""

@@ -86,7 +86,7 @@ def test_newest_kernel_comes_first_by_version_not_by_letters(tree: Tree) -> None
 
 
 def test_grub_can_take_no_identifier_for_a_number(tree: Tree) -> None:
-    """"6.12.1" means the seventh entry to GRUB (grub-core/normal/menu.c), which may be any: restart, for example."""
+    """To GRUB "6.12.1" means the seventh entry (grub-core/normal/menu.c), which may be any: restart, for example."""
     tree.add("6.12.10-new")
     tree.run()
     assert len(tree.entries) > 6 and all(entry[0].isalpha() for entry in tree.entries)

@@ -74,6 +74,12 @@ def test_the_serial_console_is_logged_and_interactive_adds_two_sockets() -> None
     assert hub.split(",")[2:] == ["chardevs.0=con1", "chardevs.1=con2", "chardevs.2=log"]
 
 
+def test_a_port_for_later_comes_after_everything_that_has_a_place() -> None:
+    argv = qemu_argv(MachineSpec(disks=(Disk(Path("/d")),), spare_port=True))
+    assert argv[-2:] == ["-device", "pcie-root-port,id=spare,chassis=1"]
+    assert "pcie-root-port" not in " ".join(qemu_argv(MachineSpec()))
+
+
 def test_no_screen_unless_asked_for() -> None:
     assert value_after(qemu_argv(MachineSpec()), "-display") == "none"
     assert value_after(qemu_argv(MachineSpec(vnc=3)), "-display") == "vnc=127.0.0.1:3"

@@ -1,29 +1,47 @@
-"""First-boot data: that what NoCloud says is carried out."""
+"""First-boot data: that what a NoCloud seed or a config drive says is carried out."""
 
 from __future__ import annotations
 
-from recvirt.accept.boots import MARKER_PATH
+import json
+
+from recvirt.accept.boots import CONFIG_DRIVE, MARKER_PATH
 from recvirt.accept.context import TEST_USER
 from recvirt.accept.guest import Guest
 from recvirt.accept.registry import check
-from recvirt.accept.results import Failed
+from recvirt.accept.results import Failed, Skipped
 
 
 @check("cloud-init-status", "first")
 def cloud_init_status(guest: Guest) -> str:
     """cloud-init has finished without errors, from the NoCloud data source"""
+    _must_come_from(guest, "nocloud")
+    return "done, from NoCloud"
+
+
+def _must_come_from(guest: Guest, wanted: str) -> None:
     said = guest.run("cloud-init status --long --wait", seconds=120).stdout
     if "status: done" not in said:
         raise Failed(f"cloud-init says: {said.strip()[-600:]}")
-    source = guest.out("cat /run/cloud-init/cloud-id 2>/dev/null || readlink /run/cloud-init/cloud-id")
-    if source != "nocloud":
-        raise Failed(f"its data source is {source!r}")
-    errors = guest.out(
-        'python3 -c \'import json; print(json.load(open("/run/cloud-init/result.json"))["v1"]["errors"])\''
-    )
-    if errors.strip() != "[]":
-        raise Failed(f"cloud-init's errors: {errors}")
-    return "done, from NoCloud"
+    data = json.loads(guest.out("cat /run/cloud-init/result.json"))["v1"]
+    if not str(data["datasource"]).lower().startswith(f"datasource{wanted.lower()}"):
+        raise Failed(f"its data source is {data['datasource']!r}")
+    if data["errors"]:
+        raise Failed(f"cloud-init's errors: {data['errors']}")
+
+
+@check("config-drive", "second")
+def config_drive(guest: Guest) -> str:
+    """On a config drive, as OpenStack attaches one, cloud-init finds its data"""
+    if CONFIG_DRIVE not in guest.acceptance.profile.root.cloud_init.datasources:
+        raise Skipped(f"{CONFIG_DRIVE} is not among the profile's datasources")
+    _must_come_from(guest, CONFIG_DRIVE)
+    instance = guest.out("cat /var/lib/cloud/data/instance-id")
+    if instance != guest.cloud.instance_id:
+        raise Failed(f"it takes itself for {instance}, not {guest.cloud.instance_id}")
+    for path, content in guest.cloud.files:
+        if (said := guest.run(f"cat {path}").stdout) != content:
+            raise Failed(f"{path} holds {said[:60]!r}")
+    return f"instance {instance}, {len(guest.cloud.files)} files"
 
 
 @check("cloud-init-data-applied", "first")

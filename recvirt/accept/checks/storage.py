@@ -8,10 +8,14 @@ from recvirt.accept.boots import GROWTH_BYTES
 from recvirt.accept.guest import Guest
 from recvirt.accept.registry import check
 from recvirt.accept.results import Failed, Skipped
+from recvirt.errors import GuestError
 
 MOUNT_POINTS = ("/var/lib/recvirt/images", "/var/lib/recvirt/blocks")
 #: File systems keep some per cent for themselves.
 _USABLE = 0.90
+#: Serial number and size of the disk that comes while the VM runs.
+_VOLUME = "recvirt-volume"
+_VOLUME_BYTES = 64 * 1024**2
 
 
 def _root_bytes(guest: Guest) -> int:
@@ -100,3 +104,29 @@ def nfs_server_away(guest: Guest) -> str:
             raise Failed(f"an access to {point} hangs while its server is away")
         said.append(f"{point}: {'an empty folder' if status == '0' else 'an error'}")
     return f"up after {int(times) / 1e6:.0f} s; " + ", ".join(said)
+
+
+@check("volume-attach", "second")
+def volume_attach(guest: Guest) -> str:
+    """A disk that is attached to the running VM appears, keeps what is written, goes, and comes back with it"""
+    vm = guest.vm
+    if vm is None or guest.overlay is None:
+        raise GuestError("a guest inside a guest has no ports of its own here")
+    path = guest.overlay.with_name("volume.raw")
+    with path.open("wb") as stream:
+        stream.truncate(_VOLUME_BYTES)
+    limit = guest.acceptance.patience(60)
+    link, word = f"/dev/disk/by-id/virtio-{_VOLUME}", secrets.token_hex(16)
+    vm.plug_disk(path, _VOLUME)
+    guest.out(f"until [ -b {link} ]; do sleep 0.2; done; udevadm settle")
+    guest.out(f"mkfs.ext4 -q {link} && mount {link} /mnt && echo {word} > /mnt/word && umount /mnt")
+    vm.unplug_disk(_VOLUME, limit)
+    guest.out(f"while [ -e {link} ]; do sleep 0.2; done")
+    vm.plug_disk(path, _VOLUME)
+    guest.out(f"until [ -b {link} ]; do sleep 0.2; done; udevadm settle")
+    found = guest.out(f"mount -o ro {link} /mnt && cat /mnt/word && umount /mnt")
+    vm.unplug_disk(_VOLUME, limit)
+    path.unlink()
+    if found != word:
+        raise Failed(f"{word} was written, {found!r} read")
+    return f"{_VOLUME_BYTES // 1024**2} MiB, attached and detached twice"
