@@ -21,11 +21,11 @@ SCENES = {
     "image": "the image file, without a boot",
     "first": "first boot, BIOS, on a larger disk, with NoCloud data and an NFS server",
     "reboot": "the same machine after a reboot",
-    "second": "a second copy, UEFI, with its NFS servers away",
+    "second": "a second copy, UEFI, with a config drive and its NFS servers away",
     "powercut": "a third copy, whose power is cut several times during the first boot",
     "pair": "first and second copy, compared",
     "deep": "an L2 that is the image itself, and an L3 in it",
-    "kernels": "kernels that are installed, fail and are removed; the rescue shell",
+    "kernels": "a login on the serial console; kernels that come, fail and go; the rescue shell",
     "matrix": "a boot for each disk controller and network card",
     "vmx": "the kernel on an emulated Intel processor (Bochs)",
 }

@@ -28,6 +28,11 @@ def make_key(folder: Path, name: str = "id_ed25519") -> Path:
     return key
 
 
+def sign(text: str, key: Path, namespace: str) -> str:
+    """A signature of ``text`` in ssh-keygen(1)'s armour."""
+    return run([find_tool("ssh-keygen"), "-Y", "sign", "-n", namespace, "-f", str(key)], input_text=text).stdout
+
+
 @dataclass(frozen=True)
 class SshAccess:
     """How to reach one running guest. ``folder`` holds the config and the control socket.

@@ -156,6 +156,9 @@ MANY = (
     Mutant("screen-shows-something", r"consoles are only"),
     Mutant("hostname", r"'spoilt' instead of", _file("/etc/hostname", "spoilt\n")),
     Mutant("nfs-server-away", r"hangs"),
+    Mutant("config-drive", r"cloud-init says"),
+    Mutant("volume-attach", r"mkfs\.ext4.*[Rr]ead-only", _file("/etc/udev/rules.d/99-spoilt-volume.rules",
+           'ENV{ID_SERIAL}=="recvirt-volume", RUN+="/usr/sbin/blockdev --setro /dev/%k"\n')),
     Mutant("apt-upgrade", r"apt-get update", _sub(
         "/etc/apt/sources.list", r"signed-by=\S+\]", "signed-by=/absent.gpg]")),
     Mutant("no-failed-unit-after-power-cuts", r"broken\.service"),
@@ -167,7 +170,6 @@ MANY = (
         "/etc/machine-id", f"{'ab' * 16}\n")),
     Mutant("copies-differ-in-host-keys", r"both copies have the SSH host keys", _shared_host_key),
 )  # fmt: skip
-
 
 
 def _same_subnet(image: SpoiltImage) -> None:
@@ -185,12 +187,16 @@ def _no_controllers(image: SpoiltImage) -> None:
 DEEP = (
     Mutant("image-boots-as-l2", r"failed units in the L2: broken\.service", _broken_unit),
     Mutant("libvirt-network-in-l2", r"192\.168\.122\.0/24", _same_subnet),
-    Mutant("file-to-l2-and-back", r"they differ", _file(
-        "/usr/local/bin/sha256sum", "#!/bin/sh\n/usr/bin/sha256sum | tr 0-8 1-9\n", 0o755)),
+    Mutant(
+        "file-to-l2-and-back",
+        r"they differ",
+        _file("/usr/local/bin/sha256sum", "#!/bin/sh\n/usr/bin/sha256sum | tr 0-8 1-9\n", 0o755),
+    ),
     Mutant("l3-under-kvm", r"[Kk][Vv][Mm]", _sub("/etc/modprobe.d/recvirt-nested.conf", "nested=1", "nested=0")),
 )
 
 _NEVER_CAME = r"an SSH login as rvtest did not come.*(rootwait|unable to mount root|panic)"
+
 
 def _deaf_boot_menu(image: SpoiltImage) -> None:
     image.change("/usr/sbin/recvirt-update-boot", lambda _: "#!/bin/sh\nexit 0\n", 0o755)
@@ -198,11 +204,21 @@ def _deaf_boot_menu(image: SpoiltImage) -> None:
 
 #: Kernels that come and go (``--kernels``): a menu that nobody keeps, and a root that is locked in emergency mode too.
 KERNELS = (
+    Mutant(
+        "key-opens-the-console",
+        r"Login incorrect.*did not come",
+        _sub("/usr/lib/recvirt/console-login", r"said=\$\(ssh-keygen", "said=$(: ssh-keygen", 0o755),
+    ),
     Mutant("new-kernel-is-kept", r"no kernel into the menu", _deaf_boot_menu),
     Mutant("failing-kernel-is-given-up", r"of 99\.0\.0-broken it is not known"),
     Mutant("removed-kernels-leave-the-menu", r"no other kernel in the menu"),
-    Mutant("emergency-entry-opens-a-shell", r"Press Enter for .*did not come", lambda image: image.change(
-        "/boot/grub/grub.cfg", lambda text: text.replace(" systemd.setenv=SYSTEMD_SULOGIN_FORCE=1", ""))),
+    Mutant(
+        "emergency-entry-opens-a-shell",
+        r"Press Enter for .*did not come",
+        lambda image: image.change(
+            "/boot/grub/grub.cfg", lambda text: text.replace(" systemd.setenv=SYSTEMD_SULOGIN_FORCE=1", "")
+        ),
+    ),
 )
 
 #: Other hardware (``--matrix``): no driver for four of the disks, and a broken unit for the boot that is left.

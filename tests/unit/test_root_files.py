@@ -21,8 +21,7 @@ TEMPLATES = data_path("templates", "root")
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIo1pM4cKk1W6hS0ZcPzj5hV4Bd4bZC2QFSYtE6jYQ2b someone@somewhere"
 EVERYTHING = frozenset(
     (
-        "systemd cloud-init libvirt-daemon-config-network libvirt-clients nfs-common initramfs-tools locales"
-        " ssl-cert"
+        "systemd cloud-init libvirt-daemon-config-network libvirt-clients nfs-common initramfs-tools locales ssl-cert"
     ).split()
 )
 BOTH = ["http://archive.example/debian trixie main", "http://sec.example/s trixie-security main"]
@@ -177,7 +176,9 @@ def test_values_reach_their_files() -> None:
     assert files["etc/sysctl.d/60-recvirt.conf"].endswith("\nnet.ipv4.ip_forward = 1\nvm.swappiness = 10\n")
     assert files["etc/modules-load.d/recvirt.conf"] == "nbd\nvhost_net\n"
     assert files["etc/systemd/system-preset/50-recvirt.preset"] == "enable a.service\ndisable b.timer\n"
-    assert "--autologin ada " in files["etc/systemd/system/serial-getty@.service.d/autologin.conf"]
+    login = "etc/systemd/system/serial-getty@.service.d/recvirt.conf"
+    assert "--autologin ada " in files[login] and "console-login" not in files[login]
+    assert "--login-program /usr/lib/recvirt/console-login " in rendered(facts())[login]
 
 
 def test_nesting_is_said_only_when_wanted() -> None:

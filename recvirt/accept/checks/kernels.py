@@ -1,7 +1,8 @@
-"""Kernels that come, fail and go, and the shell that is left when nothing else comes up.
+"""Kernels that come, fail and go, and what is left on the serial console when nothing else works.
 
-One boot plays all of it, in this order: a kernel of Debian's is installed and tried; one that can't see its disk is
-tried and given up; the image's own is taken again and the others are removed; the menu's emergency entry is started.
+One boot plays all of it, in this order: a key's owner logs in on the console; a kernel of Debian's is installed and
+tried; one that can't see its disk is tried and given up; the image's own is taken again and the others are removed; the
+menu's emergency entry is started.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import secrets
 import shlex
 
 from recvirt.accept.checks.lifecycle import APT, update
+from recvirt.accept.context import TEST_USER
 from recvirt.accept.guest import Guest
 from recvirt.accept.registry import check
-from recvirt.accept.results import Failed
+from recvirt.accept.results import Failed, Skipped
 from recvirt.errors import GuestError
+from recvirt.qemu.ssh import make_key, sign
 
 #: What a kernel is called that never comes up.
 BROKEN = "99.0.0-broken"
@@ -40,6 +43,39 @@ def _must_be(guest: Guest, version: str, *words: str) -> None:
     missing = sorted(set(words) - known.get(version, set()))
     if version not in known or missing:
         raise Failed(f"of {version} it is not known that it is {', '.join(missing) or 'there'}: {known}")
+
+
+@check("key-opens-the-console", "kernels")
+def key_opens_the_console(guest: Guest) -> str:
+    """On the serial console the owner of a key logs in by a signature, and nobody with another key"""
+    vm = guest.vm
+    if vm is None:
+        raise GuestError("a guest inside a guest has no console here")
+    if (login := guest.acceptance.profile.root.console_autologin) is not None:
+        raise Skipped(f"the profile logs {login} in without being asked")
+    folder = guest.acceptance.work_dir
+    limit = guest.acceptance.patience(60)
+    for key in (make_key(folder, "stranger"), guest.acceptance.key):
+        vm.mark()
+        vm.type("\n", limit)
+        vm.wait_for(r"login: $", limit)
+        vm.type(f"{TEST_USER}\n", limit)
+        # The person sees a command to copy; what is signed is the word in it.
+        shown = vm.wait_for(rf"echo '{TEST_USER}@[^ ']+ [0-9a-f]{{32}}'", limit)
+        vm.wait_for("An empty line gives up", limit)
+        signature = sign(f"{shown.split(chr(39))[1]}\n", key, "recvirt-console")
+        vm.mark()
+        for line in signature.splitlines():
+            vm.type(f"{line}\n", limit)
+        if key is not guest.acceptance.key:
+            vm.wait_for("Login incorrect", limit)
+    vm.wait_for(rf"{TEST_USER}@[^ ]+[#$] $", limit)
+    word = secrets.token_hex(8)
+    # The console echoes what is typed: only a shell takes the quotes out.
+    vm.type(f"id -un; echo '{word[:8]}''{word[8:]}'\n", limit)
+    vm.wait_for(rf"(?m)^{TEST_USER}\n{word}$", limit)
+    vm.type("exit\n", limit)
+    return f"{TEST_USER} by its key; a stranger's is refused"
 
 
 @check("new-kernel-is-kept", "kernels")
