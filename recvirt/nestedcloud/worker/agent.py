@@ -1,0 +1,95 @@
+"""Carries out one command after another, each instance by one hand at a time, and tells what became of it.
+
+Owns the guard against the same message twice, and the translation of every failure into a report. Does not own how
+commands come and reports go (``tasks``).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recvirt.nestedcloud.model import Command, Fault, Heartbeat, ModelError, Phase, Report, check_uuid
+from recvirt.nestedcloud.worker.actions import ACTIONS, Site
+from recvirt.nestedcloud.worker.errors import ActionError
+from recvirt.nestedcloud.worker.hypervisor import Hypervisor
+from recvirt.nestedcloud.worker.storage import Storage, storage_error
+
+log = logging.getLogger(__name__)
+
+
+
+class Busy(Exception):
+    """Another process works on the same thing. The message is given back, to come again."""
+
+
+@dataclass(frozen=True)
+class Agent:
+    """One worker."""
+
+    uuid: str
+    name: str
+    hypervisor: Hypervisor
+    storage: Storage
+    run_dir: Path
+    boot_id: str
+    features: dict[str, Any]
+
+    def execute(self, command: Command, send: Callable[[Report], None]) -> Report:
+        """Do it and return the last report, which is sent as well. Busy when somebody else is at it."""
+
+        def report(phase: Phase, **more: Any) -> Report:
+            made = Report(command.operation, command.attempt, self.uuid, phase, **more)
+            send(made)
+            return made
+
+        with self._alone(command):
+            report(Phase.RUNNING)
+            site = Site(
+                self.hypervisor,
+                self.storage,
+                lambda percent, text: report(Phase.RUNNING, progress=percent, message=text) and None,
+            )
+            try:
+                action = ACTIONS.get(command.kind)
+                if action is None:
+                    raise ActionError(Fault.NOT_SUPPORTED, f"this worker knows no {command.kind}")
+                facts = action(site, command)
+            except ActionError as error:
+                return report(Phase.FAILED, fault=error.fault, message=error.message)
+            except ModelError as error:
+                return report(Phase.FAILED, fault=Fault.INVALID, message=str(error))
+            except OSError as error:
+                known = storage_error(error)
+                return report(Phase.FAILED, fault=known.fault, message=known.message)
+            except Exception as error:
+                # Whatever it was, the operation must not be left hanging; the log has the traceback.
+                log.exception("operation %s failed", command.operation)
+                return report(Phase.FAILED, fault=Fault.INTERNAL, message=f"{type(error).__name__}: {error}")
+            return report(Phase.SUCCEEDED, progress=100, facts=facts)
+
+    @contextmanager
+    def _alone(self, command: Command) -> Iterator[None]:
+        """Hold the lock of what the command works on. The kernel lets go of it when the process dies."""
+        target = command.instance.uuid if command.instance else command.network.uuid if command.network else ""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with (self.run_dir / f"{check_uuid(target or command.operation)}.lock").open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(target) from None
+            yield
+
+    def heartbeat(self) -> Heartbeat:
+        """What there is on this host now."""
+        vcpus, memory_bytes = self.hypervisor.capacity()
+        return Heartbeat(
+            self.uuid, self.name, self.boot_id, vcpus, memory_bytes, shutil.disk_usage(self.hypervisor.host.blocks_dir).total,
+            self.features, self.hypervisor.all_facts(),
+        )  # fmt: skip
