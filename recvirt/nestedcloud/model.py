@@ -1,7 +1,7 @@
 """What central node and workers tell each other, and the words both use. Standard library only.
 
-Everything that crosses the broker is one of the frozen dataclasses below, as JSON (:func:`encode`, :func:`decode`). A
-message that does not fit raises :class:`ModelError` with the place of the fault: what comes from a queue is not trusted.
+Everything that crosses the broker is one of the frozen dataclasses below, as JSON (:func:`encode`, :func:`decode`).
+A message that does not fit raises :class:`ModelError` with the place of the fault: what a queue brings is not trusted.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from celery import Celery
-from kombu import Queue
+from kombu.entity import Queue
 
 from recvirt.nestedcloud.model import Command, Heartbeat, Report, check_uuid, encode
 
@@ -46,12 +46,16 @@ def make_app(broker: str, queues: tuple[str, ...] = ()) -> Celery:
         broker_url=url, broker_transport_options=options, broker_connection_retry_on_startup=True,
         task_serializer="json", accept_content=["json"], result_backend=None, task_ignore_result=True,
         task_acks_late=True, task_reject_on_worker_lost=True, worker_prefetch_multiplier=1,
-        task_queues=[Queue(name, queue_arguments=arguments) for name in queues],
+        task_queues=[_queue(name, arguments) for name in queues],
         task_create_missing_queues=True, worker_hijack_root_logger=False, worker_enable_remote_control=False,
         worker_send_task_events=False, task_publish_retry_policy={"max_retries": 3, "interval_step": 0.5},
     )  # fmt: skip
     app.conf.task_default_queue = queues[0] if queues else CENTRAL_QUEUE
     return app
+
+
+def _queue(name: str, arguments: dict[str, Any]) -> Queue:
+    return Queue(name, queue_arguments=arguments)  # type: ignore[no-untyped-call]
 
 
 class Sender:
@@ -64,8 +68,7 @@ class Sender:
         }  # fmt: skip
 
     def _send(self, task: str, queue: str, message: Any, **options: Any) -> None:
-        target = Queue(queue, queue_arguments=self._arguments)
-        self._app.send_task(task, args=[encode(message)], queue=target, **options)
+        self._app.send_task(task, args=[encode(message)], queue=_queue(queue, self._arguments), **options)
 
     def command(self, worker: str, command: Command) -> None:
         """To a worker."""

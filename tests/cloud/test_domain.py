@@ -52,7 +52,9 @@ def test_the_domain_says_whose_it_is() -> None:
 
 @pytest.mark.parametrize("nest", [True, False])
 def test_vmx_and_svm_reach_the_guest_only_when_asked_for(nest: bool) -> None:
-    disabled = {item.get("name") for item in parsed(nest=nest).findall("cpu/feature") if item.get("policy") == "disable"}
+    disabled = {
+        item.get("name") for item in parsed(nest=nest).findall("cpu/feature") if item.get("policy") == "disable"
+    }
     assert disabled == (set() if nest else {"vmx", "svm"})
 
 
@@ -64,7 +66,12 @@ def test_disks_bypass_the_page_cache_and_give_back_what_is_free() -> None:
     assert targets == ["vda", "vdb", "vdz"]
     for disk in disks[:2]:
         driver = attributes(disk, "driver")
-        assert (driver["cache"], driver["io"], driver["discard"], driver["iothread"]) == ("none", "native", "unmap", "1")
+        assert (driver["cache"], driver["io"], driver["discard"], driver["iothread"]) == (
+            "none",
+            "native",
+            "unmap",
+            "1",
+        )
     assert attributes(disks[1], "source")["file"] == f"/var/lib/recvirt/blocks/{volume.uuid}.raw"
     assert text_of(disks[1], "serial") == volume.uuid.replace("-", "")[:20]
     assert disks[2].find("readonly") is not None

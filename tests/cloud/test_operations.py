@@ -212,7 +212,7 @@ def test_quotas_count_what_was_promised(cloud: Cloud) -> None:
 def test_a_worker_is_never_promised_more_memory_than_it_has(cloud: Cloud) -> None:
     big = {"memory_bytes": 8 * GIB, "memory_max_bytes": 8 * GIB}
     launched(cloud, **big)
-    with pytest.raises(NoCapacity, match="w1: .* bytes of memory too few"):
+    with pytest.raises(NoCapacity, match=r"w1: .* bytes of memory too few"):
         operations.launch(cloud.project, cloud.user, wish(cloud, name="two", **big))
     make_worker("w2")
     assert launched(cloud, name="two", **big).worker == Worker.objects.get(name="w2")

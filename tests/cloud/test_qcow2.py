@@ -17,7 +17,9 @@ def header(
     cluster_bits: int = 16, features: int = 0, extensions: bytes = struct.pack(">II", 0, 0), length: int = 104,
 ) -> bytes:  # fmt: skip
     """A header, field by field as QEMU's docs/interop/qcow2.rst lists them."""
-    data = struct.pack(">4sIQIIQIIQQIIQ", magic, version, *backing, cluster_bits, size, crypt, 1, 65536, 131072, 1, 0, 0)
+    data = struct.pack(
+        ">4sIQIIQIIQQIIQ", magic, version, *backing, cluster_bits, size, crypt, 1, 65536, 131072, 1, 0, 0
+    )
     if version == 3:
         data += struct.pack(">QQQII", features, 0, 0, 4, length)
     return data + extensions + bytes(512)

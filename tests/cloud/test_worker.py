@@ -26,7 +26,7 @@ from recvirt.nestedcloud.model import (
     Report,
     encode,
 )
-from recvirt.nestedcloud.worker.agent import Agent, Busy
+from recvirt.nestedcloud.worker.agent import Agent, BusyError
 from recvirt.nestedcloud.worker.host import Host
 from recvirt.nestedcloud.worker.hypervisor import Hypervisor
 from recvirt.nestedcloud.worker.storage import SparseStorage
@@ -127,8 +127,8 @@ def test_suspending_and_resuming(bench: Bench) -> None:
 
 def test_a_reboot_happens_once_an_operation(bench: Bench) -> None:
     spec = bench.launched()
-    calls = []
-    bench.agent.hypervisor.reboot = lambda domain: calls.append(domain)  # type: ignore[method-assign]
+    calls: list[Any] = []
+    bench.agent.hypervisor.reboot = calls.append  # type: ignore[assignment,method-assign]
     operation = str(uuid.uuid4())
     for _ in range(2):
         assert bench.do(Kind.REBOOT, spec, operation).phase is Phase.SUCCEEDED
@@ -211,7 +211,8 @@ def test_a_snapshot_s_name_is_checked_here_too(bench: Bench, name: str) -> None:
 def test_somebody_else_s_domain_is_not_touched(bench: Bench) -> None:
     key = str(uuid.uuid4())
     bench.connection.defineXML(
-        f"<domain type='test'><name>theirs</name><uuid>{key}</uuid><memory>1024</memory><os><type>hvm</type></os></domain>"
+        f"<domain type='test'><name>theirs</name><uuid>{key}</uuid><memory>1024</memory>"
+        "<os><type>hvm</type></os></domain>"
     )
     for kind in (Kind.LAUNCH, Kind.DELETE, Kind.STOP):
         assert bench.do(kind, instance(uuid=key)).fault is Fault.CONFLICT
@@ -231,7 +232,7 @@ def test_two_at_once_are_not_let_in(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / f"{spec.uuid}.lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        with pytest.raises(Busy):
+        with pytest.raises(BusyError):
             bench.do(Kind.LAUNCH, spec)
     assert bench.reports == []
     assert bench.do(Kind.LAUNCH, spec).phase is Phase.SUCCEEDED

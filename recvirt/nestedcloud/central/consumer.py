@@ -20,7 +20,7 @@ def make_consumer(config: Config) -> Celery:
     """A Celery application with the two tasks of the central node."""
     app = make_app(config.broker, (CENTRAL_QUEUE,))
 
-    @app.task(name=REPORT)
+    @app.task(name=REPORT)  # type: ignore[untyped-decorator]
     def report(data: Any) -> None:
         close_old_connections()
         try:
@@ -28,7 +28,7 @@ def make_consumer(config: Config) -> Celery:
         except ModelError as error:
             log.error("a report that is not understood: %s", error)
 
-    @app.task(name=HEARTBEAT)
+    @app.task(name=HEARTBEAT)  # type: ignore[untyped-decorator]
     def heartbeat(data: Any) -> None:
         close_old_connections()
         try:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from django.contrib.auth.models import AbstractBaseUser
+from django.contrib.auth.models import User
 from django.db import transaction
 
 from recvirt.nestedcloud.central import admission, specs
@@ -30,8 +30,6 @@ from recvirt.nestedcloud.central.models import (
 from recvirt.nestedcloud.central.problems import KeyReused, OperationActive, Refused, WrongState
 from recvirt.nestedcloud.model import Kind, ModelError, check_name
 
-User = AbstractBaseUser
-
 #: The states in which an operation makes sense.
 ALLOWED: Mapping[Kind, tuple[str, ...]] = {
     Kind.START: (InstanceState.OFF, InstanceState.FAILED),
@@ -39,7 +37,13 @@ ALLOWED: Mapping[Kind, tuple[str, ...]] = {
     Kind.REBOOT: (InstanceState.ON,),
     Kind.SUSPEND: (InstanceState.ON,),
     Kind.RESUME: (InstanceState.SUSPENDED,),
-    Kind.DELETE: (InstanceState.NEW, InstanceState.ON, InstanceState.OFF, InstanceState.SUSPENDED, InstanceState.FAILED),
+    Kind.DELETE: (
+        InstanceState.NEW,
+        InstanceState.ON,
+        InstanceState.OFF,
+        InstanceState.SUSPENDED,
+        InstanceState.FAILED,
+    ),
     Kind.RESCALE: (InstanceState.ON, InstanceState.OFF),
     Kind.SNAPSHOT: (InstanceState.ON, InstanceState.OFF),
     Kind.REVERT: (InstanceState.ON, InstanceState.OFF),

@@ -15,7 +15,7 @@ MEDIA_TYPE = "application/problem+json"
 class Refused(APIException):
     """A request that is understood and not carried out. ``extra`` goes into the answer."""
 
-    status_code = status.HTTP_409_CONFLICT
+    status_code: int = status.HTTP_409_CONFLICT
     default_code = "conflict"
 
     def __init__(self, detail: str, **extra: Any) -> None:

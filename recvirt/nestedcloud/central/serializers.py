@@ -144,9 +144,7 @@ class LaunchSerializer(_Size):
     networks = serializers.ListField(child=serializers.CharField(), required=False, max_length=8)
     nest = serializers.BooleanField(default=False)
     ssh_keys = serializers.ListField(child=serializers.CharField(max_length=16384), default=list, max_length=64)
-    user_data = serializers.CharField(
-        allow_blank=True, default="", max_length=_USER_DATA_MAX, trim_whitespace=False
-    )
+    user_data = serializers.CharField(allow_blank=True, default="", max_length=_USER_DATA_MAX, trim_whitespace=False)
 
     def validate_ssh_keys(self, keys: list[str]) -> list[str]:
         """One line each."""

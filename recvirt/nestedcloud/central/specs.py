@@ -23,7 +23,7 @@ def new_mac() -> str:
 
 def free_cidr() -> str:
     """A network of 256 addresses that no other one of the cloud has."""
-    taken = {cidr for cidr in Network.objects.exclude(cidr="").values_list("cidr", flat=True)}
+    taken = set(Network.objects.exclude(cidr="").values_list("cidr", flat=True))
     for block in _SUBNETS.subnets(new_prefix=24):
         if str(block) not in taken:
             return str(block)

@@ -108,7 +108,9 @@ class Api:
                 problem = f"the server answered {answer.status_code}"
                 continue
             return self._result(answer)
-        raise ApiError(f"{self.access.url} does not answer: {problem}", kind="unreachable", hint="is the cloud running?")
+        raise ApiError(
+            f"{self.access.url} does not answer: {problem}", kind="unreachable", hint="is the cloud running?"
+        )
 
     @staticmethod
     def _result(answer: requests.Response) -> Any:

@@ -12,7 +12,7 @@ from recvirt.nestedcloud.client.api import Api, ApiError, load_access
 from recvirt.nestedcloud.client.output import fields, parse_bytes, table
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """Bytes, as 512M or 2G."""
 
     name = "size"
@@ -47,7 +47,9 @@ def _follow(operation: Mapping[str, Any], wait: bool, timeout: float, as_json: b
 
     def progress(now: Mapping[str, Any]) -> None:
         nonlocal said
-        text = f"{now['kind']} {now['instance_name'] or ''}: {now['phase']} {now['progress']} % {now['message']}".rstrip()
+        text = (
+            f"{now['kind']} {now['instance_name'] or ''}: {now['phase']} {now['progress']} % {now['message']}".rstrip()
+        )
         if text != said and not as_json:
             click.echo(text, err=True)
         said = text
@@ -159,11 +161,15 @@ revert = _verb("revert", "Go back to a snapshot.", _snapshot)
 snapshot_remove = _verb("snapshot-remove", "Forget a snapshot.", _snapshot)
 
 
-def _list(name: str, path: str, text: str, columns: tuple[tuple[str, str], ...], *, scoped: bool = True) -> click.Command:
+def _list(
+    name: str, path: str, text: str, columns: tuple[tuple[str, str], ...], *, scoped: bool = True
+) -> click.Command:
     def run(as_json: bool) -> None:
         table(api().pages(api().below(path) if scoped else path), columns, as_json=as_json)
 
-    command: click.Command = click.command(name, help=f"{text}\n\n\b\nExample:\n  recvirt-cloud {name} --json")(_json(run))
+    command: click.Command = click.command(name, help=f"{text}\n\n\b\nExample:\n  recvirt-cloud {name} --json")(
+        _json(run)
+    )
     return command
 
 

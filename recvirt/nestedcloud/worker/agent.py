@@ -24,8 +24,7 @@ from recvirt.nestedcloud.worker.storage import Storage, storage_error
 log = logging.getLogger(__name__)
 
 
-
-class Busy(Exception):
+class BusyError(Exception):
     """Another process works on the same thing. The message is given back, to come again."""
 
 
@@ -42,19 +41,22 @@ class Agent:
     features: dict[str, Any]
 
     def execute(self, command: Command, send: Callable[[Report], None]) -> Report:
-        """Do it and return the last report, which is sent as well. Busy when somebody else is at it."""
+        """Do it and return the last report, which is sent as well. BusyError when somebody else is at it."""
 
         def report(phase: Phase, **more: Any) -> Report:
             made = Report(command.operation, command.attempt, self.uuid, phase, **more)
             send(made)
             return made
 
+        def progress(percent: int, text: str) -> None:
+            report(Phase.RUNNING, progress=percent, message=text)
+
         with self._alone(command):
             report(Phase.RUNNING)
             site = Site(
                 self.hypervisor,
                 self.storage,
-                lambda percent, text: report(Phase.RUNNING, progress=percent, message=text) and None,
+                progress,
             )
             try:
                 action = ACTIONS.get(command.kind)
@@ -83,13 +85,13 @@ class Agent:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise Busy(target) from None
+                raise BusyError(target) from None
             yield
 
     def heartbeat(self) -> Heartbeat:
         """What there is on this host now."""
         vcpus, memory_bytes = self.hypervisor.capacity()
         return Heartbeat(
-            self.uuid, self.name, self.boot_id, vcpus, memory_bytes, shutil.disk_usage(self.hypervisor.host.blocks_dir).total,
-            self.features, self.hypervisor.all_facts(),
+            self.uuid, self.name, self.boot_id, vcpus, memory_bytes,
+            shutil.disk_usage(self.hypervisor.host.blocks_dir).total, self.features, self.hypervisor.all_facts(),
         )  # fmt: skip

@@ -41,7 +41,11 @@ def fault_of(error: libvirt.libvirtError) -> ActionError:
     text = str(error.get_error_message() or error)
     if code in _ABSENT:
         return ActionError(Fault.NOT_FOUND, text)
-    if code in (libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_OPERATION_UNSUPPORTED, libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED):
+    if code in (
+        libvirt.VIR_ERR_NO_SUPPORT,
+        libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+        libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED,
+    ):
         return ActionError(Fault.NOT_SUPPORTED, text)
     if "No space left on device" in text:
         return ActionError(Fault.NO_SPACE, text)
@@ -109,7 +113,7 @@ class Hypervisor:
             text = domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, NAMESPACE)
         except libvirt.libvirtError:
             return None
-        element = ET.fromstring(text)
+        element = ET.fromstring(text)  # noqa: S314 - libvirt wrote it
         return element if element.get("owner") == self.host.owner else None
 
     def generation(self, domain: Any) -> int:
@@ -128,10 +132,8 @@ class Hypervisor:
 
     def facts(self, domain: Any) -> DomainFacts:
         """What a report says of a domain."""
-        _, maximum_kib, memory_kib, vcpus, _ = domain.info()
-        return DomainFacts(
-            domain.UUIDString(), self.power(domain), self.generation(domain), vcpus, memory_kib * _KIB
-        )
+        _, _, memory_kib, vcpus, _ = domain.info()
+        return DomainFacts(domain.UUIDString(), self.power(domain), self.generation(domain), vcpus, memory_kib * _KIB)
 
     def all_facts(self) -> tuple[DomainFacts, ...]:
         """Every domain of this cloud on the host; others are none of our business."""

@@ -16,7 +16,7 @@ from celery.signals import worker_ready, worker_shutting_down
 
 from recvirt.nestedcloud.model import Command, ModelError, check_name, check_uuid, decode
 from recvirt.nestedcloud.queue import EXECUTE, Sender, make_app, worker_queue
-from recvirt.nestedcloud.worker.agent import Agent, Busy
+from recvirt.nestedcloud.worker.agent import Agent, BusyError
 from recvirt.nestedcloud.worker.errors import ActionError
 from recvirt.nestedcloud.worker.host import Host
 from recvirt.nestedcloud.worker.hypervisor import Hypervisor
@@ -113,7 +113,7 @@ class Service:
         return self._agents[pid]
 
     def _add_tasks(self) -> None:
-        @self.app.task(name=EXECUTE)
+        @self.app.task(name=EXECUTE)  # type: ignore[untyped-decorator]
         def execute(data: Any) -> None:
             try:
                 command = decode(Command, data)
@@ -123,12 +123,12 @@ class Service:
                 return
             try:
                 self.agent().execute(command, self.sender.report)
-            except Busy:
+            except BusyError:
                 # The other one reports; should it die, the operation is published again.
                 log.info("operation %s: another process is at it", command.operation)
 
     def beat(self) -> None:
-        """Send a heartbeat every few seconds until the service stops; a broker or libvirtd that is away is waited for."""
+        """Send a heartbeat every few seconds until the service stops; what is away is waited for."""
         seconds = self.config.heartbeat_seconds
         trouble = ""
         while not self._stopping.is_set():

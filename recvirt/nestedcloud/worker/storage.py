@@ -1,4 +1,4 @@
-"""Files of instances, volumes and images: made under another name, synced, then renamed; so there is a whole one or none.
+"""Files of instances, volumes and images: made under another name, synced, renamed. A file is whole or not there.
 
 Owns both mounts' contents. Names are UUIDs, never what a person typed. ``QemuStorage`` works with qemu-img;
 ``SparseStorage`` stands beside libvirt's test driver, whose domains open no disk.
@@ -6,6 +6,8 @@ Owns both mounts' contents. Names are UUIDs, never what a person typed. ``QemuSt
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
 import subprocess
@@ -69,8 +71,6 @@ def sync_folder(folder: Path) -> None:
 
 def storage_error(error: OSError) -> ActionError:
     """An operating system's error in our words."""
-    import errno
-
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ActionError(Fault.NO_SPACE, f"no space left: {error.filename or error.strerror}")
     return ActionError(Fault.STORAGE, str(error))
@@ -91,6 +91,7 @@ class _Common:
         self.host = host
 
     def ensure_seed(self, spec: InstanceSpec) -> None:
+        """See :class:`Storage`."""
         path = self.host.seed_path(spec.uuid)
         data = seed_image(spec)
         if path.exists() and path.read_bytes() == data:
@@ -99,6 +100,7 @@ class _Common:
             part.write_bytes(data)
 
     def remove_instance(self, spec_uuid: str) -> None:
+        """See :class:`Storage`."""
         paths = [self.host.disk_path(spec_uuid, name) for name in ("qcow2", "raw")]
         paths += [self.host.seed_path(spec_uuid), self.host.console_log_path(spec_uuid)]
         for path in paths:
@@ -112,12 +114,14 @@ class SparseStorage(_Common):
     """Files of the right size, and nothing in them."""
 
     def ensure_root(self, spec: InstanceSpec) -> None:
+        """See :class:`Storage`."""
         path = self.host.disk_path(spec.root.uuid, spec.root.format)
         if not path.exists():
             with whole_file(path) as part, part.open("wb") as stream:
                 stream.truncate(spec.root.size_bytes)
 
     def grow(self, disk: DiskSpec) -> bool:
+        """See :class:`Storage`."""
         path = self.host.disk_path(disk.uuid, disk.format)
         now = path.stat().st_size
         if now > disk.size_bytes:
@@ -135,6 +139,7 @@ class QemuStorage(_Common):
         self._run = run or run_tool
 
     def ensure_root(self, spec: InstanceSpec) -> None:
+        """See :class:`Storage`."""
         path = self.host.disk_path(spec.root.uuid, spec.root.format)
         if path.exists():
             return
@@ -149,8 +154,7 @@ class QemuStorage(_Common):
             self._run([*words, str(part), str(spec.root.size_bytes)])
 
     def grow(self, disk: DiskSpec) -> bool:
-        import json
-
+        """See :class:`Storage`."""
         path = self.host.disk_path(disk.uuid, disk.format)
         # Of our own making, so its header may be believed.
         said = json.loads(self._run(["qemu-img", "info", "-U", "-f", disk.format, "--output=json", str(path)]))
