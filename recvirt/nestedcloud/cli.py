@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -97,15 +98,42 @@ def migrate() -> None:
 
 @central.command()
 @click.option("--port", default=8780, show_default=True)
-def serve(port: int) -> None:
-    """Serve the API on 127.0.0.1 (a TLS front stands before it)."""
+@click.option("--socket", "socket_path", type=click.Path(path_type=Path), help="Listen here instead of on the port.")
+def serve(port: int, socket_path: Path | None) -> None:
+    """Serve the API on 127.0.0.1, or on a socket; a TLS front stands before it."""
     _setup()
     import uvicorn
 
+    where: dict[str, Any] = {"uds": str(socket_path)} if socket_path else {"host": "127.0.0.1", "port": port}
     uvicorn.run(
-        "recvirt.nestedcloud.central.asgi:application", host="127.0.0.1", port=port, log_level="warning",
-        server_header=False, lifespan="off",
+        "recvirt.nestedcloud.central.asgi:application", **where, log_level="warning", server_header=False,
+        lifespan="off", proxy_headers=True, forwarded_allow_ips="*" if socket_path else "127.0.0.1",
     )  # fmt: skip
+
+
+@central.command()
+@click.option("--worker", "worker_uuid", required=True, help="The UUID of the worker on this machine.")
+@click.option("--name", required=True, help="Its name.")
+def init(worker_uuid: str, name: str) -> None:
+    """Write the first rows: a project, the administrator, and the worker on this machine. Again changes nothing."""
+    _setup()
+    from recvirt.nestedcloud.central.first import ensure_first_rows
+
+    ensure_first_rows(worker_uuid, name)
+
+
+@central.command()
+@click.option("--user", default="admin", show_default=True)
+@click.option("--name", default="command line", show_default=True, help="What it is for.")
+def token(user: str, name: str) -> None:
+    """Issue an API token for a user; it is shown this once."""
+    _setup()
+    from recvirt.nestedcloud.central.first import issue_token
+
+    try:
+        click.echo(issue_token(user, name))
+    except LookupError as error:
+        raise click.ClickException(str(error)) from None
 
 
 @central.command()
@@ -132,6 +160,36 @@ def consume() -> None:
     from recvirt.nestedcloud.central import config, consumer
 
     consumer.run(config.load())
+
+
+@main_group.command()
+def setup() -> None:
+    """Set this machine up as a cloud: what systemd does at each boot, as root. Does only what is missing."""
+    from recvirt.nestedcloud import provision
+
+    try:
+        provision.setup(provision.Machine(tell=click.echo))
+    except provision.ProvisionError as error:
+        click.echo(f"error: {error}", err=True)
+        click.echo("hint: once that is put right, the next run goes on from there", err=True)
+        sys.exit(STATUS_CONFIG)
+
+
+@main_group.command("login-here")
+def login_here() -> None:
+    """On the central node itself: give the user who calls sudo access as the cloud's administrator.
+
+    \b
+    Example:
+      sudo recvirt-cloud login-here
+    """
+    from recvirt.nestedcloud import provision
+
+    try:
+        path = provision.login_here(provision.Machine(tell=click.echo))
+    except provision.ProvisionError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"{path} has the access; try: recvirt-cloud list")
 
 
 @main_group.group()
