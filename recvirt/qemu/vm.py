@@ -12,7 +12,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from subprocess import Popen
 
@@ -63,6 +63,7 @@ class Vm:
         self.process = process
         self.started = time.monotonic()
         self._mark = 0
+        self._keyboard: socket.socket | None = None
         self._next_status = self.started + _STATUS_SECONDS
         try:
             self.qmp = QmpClient.over_socket(self._connect(QMP_SOCKET))
@@ -104,23 +105,30 @@ class Vm:
     def type(self, text: str, seconds: float = 60.0) -> None:
         """Type one line on the serial console of an ``interactive`` machine, and wait until it was echoed.
 
-        What a guest has not read when the connection ends is lost: its serial port takes a few bytes at a time.
-        GuestError when nothing is echoed for ``seconds``.
+        The connection then stays: QEMU's hub loses some of what the guest writes in the moment that one ends, in the
+        log as well. GuestError when nothing is echoed for ``seconds``.
         """
+        if self._keyboard is None:
+            self._keyboard = connect_unix(self.folder, CONSOLE_SOCKET, seconds=10)
+        self._drain()
         tail = text.encode().rstrip(b"\n")[-_ECHO_BYTES:]
         seen = b""
-        with connect_unix(self.folder, CONSOLE_SOCKET, seconds=10) as connection:
-            connection.sendall(text.encode())
-            connection.settimeout(seconds)
-            try:
-                while tail not in seen:
-                    seen += connection.recv(4096)
-                # The line's end comes right behind its echoed tail.
-                connection.settimeout(1.0)
-                connection.recv(4096)
-            except TimeoutError:
-                if tail not in seen:
-                    raise self.error(f"what was typed did not come back in {seconds:.0f} s: {text!r}") from None
+        self._keyboard.sendall(text.encode())
+        self._keyboard.settimeout(seconds)
+        try:
+            while tail not in seen:
+                seen += self._keyboard.recv(4096)
+        except TimeoutError:
+            raise self.error(f"what was typed did not come back in {seconds:.0f} s: {text!r}") from None
+
+    def _drain(self) -> None:
+        """Take what the guest wrote to the keyboard's connection; nobody else does, and a full one would stop it."""
+        if self._keyboard is None:
+            return
+        self._keyboard.setblocking(False)
+        with suppress(BlockingIOError):
+            while self._keyboard.recv(65536):
+                pass
 
     def error(self, message: str) -> GuestError:
         """A GuestError with the last lines of the console and of QEMU itself."""
@@ -165,6 +173,7 @@ class Vm:
             if done():
                 return time.monotonic() - started
             self.check_alive()
+            self._drain()
             if (now := self._console_bytes()) != size:
                 size, heard = now, time.monotonic()
             if time.monotonic() - heard > silence_seconds:
@@ -230,6 +239,12 @@ class Vm:
         self.qmp.events[:] = [event for event in self.qmp.events if event["data"].get("device") != serial]
         self.qmp.execute("blockdev-del", {"node-name": serial})
 
+    def close(self) -> None:
+        """Let go of the keyboard."""
+        if self._keyboard is not None:
+            self._keyboard.close()
+            self._keyboard = None
+
     def host_port(self, guest_port: int) -> int:
         """The host's port that leads to ``guest_port``. QEMU itself bound a free one, so nobody races for it."""
         text = self.qmp.execute("human-monitor-command", {"command-line": "info usernet"})
@@ -292,7 +307,8 @@ def running(tools: ToolsRoot, spec: MachineSpec, folder: Path) -> Iterator[Vm]:
     with (folder / QEMU_LOG).open("wb") as log:
         process = runner.start(argv, stdout=log.fileno())
     try:
-        yield Vm(folder, spec, process)
+        with closing(Vm(folder, spec, process)) as vm:
+            yield vm
     finally:
         runner.stop(process)
         (folder / QMP_SOCKET).unlink(missing_ok=True)

@@ -116,6 +116,7 @@ RULES: tuple[tuple[str, int, Condition], ...] = (
     ("etc/systemd/system.conf.d/60-recvirt.conf", 0o644, _always),
     (f"{_UNITS}/systemd-networkd-wait-online.service.d/recvirt.conf", 0o644, _always),
     (f"{_UNITS}/serial-getty@.service.d/recvirt.conf", 0o644, _always),
+    (f"{_UNITS}/systemd-repart.service.d/recvirt.conf", 0o644, _always),
     (f"{_UNITS}/recvirt-gpt.service", 0o644, _always),
     (f"{_UNITS}/recvirt-ssh-keys.service", 0o644, _always),
     (f"{_UNITS}/recvirt-nfs.service", 0o644, _nfs),

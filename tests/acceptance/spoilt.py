@@ -142,6 +142,8 @@ MANY = (
     Mutant("journal-bounded", r"1G", _sub(
         "/etc/systemd/journald.conf.d/50-recvirt.conf", r"SystemMaxUse=\S+", "SystemMaxUse=1G")),
     Mutant("root-grown", r"GiB on a disk of", lambda image: image.remove("/etc/repart.d/50-root.conf")),
+    Mutant("partitions-change-after-remount", r"systemd-repart began after", _file(
+        "/etc/systemd/system/systemd-repart.service.d/recvirt.conf", "[Unit]\nBefore=systemd-remount-fs.service\n")),
     Mutant("nfs-mounts", r"without nosuid", _nfs_options),
     Mutant("kvm-device", r"kvm 666", _file("/etc/udev/rules.d/99-spoilt.rules", 'KERNEL=="kvm", MODE="0666"\n')),
     Mutant("virt-host-validate", r"not found", lambda image: image.remove("/usr/bin/virt-host-validate")),

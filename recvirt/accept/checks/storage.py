@@ -35,6 +35,20 @@ def root_grown(guest: Guest) -> str:
     return f"{size / 1024**3:.2f} GiB"
 
 
+@check("partitions-change-after-remount", "first")
+def partitions_change_after_remount(guest: Guest) -> str:
+    """The partition table is not touched before the root is writable: whoever looks for it meanwhile finds nothing"""
+    remounted = _moment(guest, "systemd-remount-fs.service", "ExecMainExitTimestampMonotonic")
+    changed = _moment(guest, "systemd-repart.service", "ExecMainStartTimestampMonotonic")
+    if not 0 < remounted <= changed:
+        raise Failed(f"the root was remounted after {remounted} us, systemd-repart began after {changed} us")
+    return f"{(changed - remounted) / 1000:.0f} ms later"
+
+
+def _moment(guest: Guest, unit: str, name: str) -> int:
+    return int(guest.out(f"systemctl show {unit} -p {name} --value") or 0)
+
+
 @check("partition-table-whole", "powercut")
 def partition_table_whole(guest: Guest) -> str:
     """After power cuts both copies of the partition table are whole"""
