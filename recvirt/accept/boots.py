@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from recvirt.accept import nfsserver
 from recvirt.accept.context import TEST_USER, Acceptance
 from recvirt.accept.guest import Guest
+from recvirt.errors import EmulatorError
 from recvirt.qemu import (
     CloudConfig,
     Disk,
@@ -23,6 +25,7 @@ from recvirt.qemu import (
     make_seed,
     running,
 )
+from recvirt.qemu.ssh import SshAccess
 from recvirt.sandbox import ToolsRoot
 from recvirt.ui import reporter
 
@@ -37,6 +40,8 @@ GROWTH_BYTES = 1024**3
 CUT_AFTER_BYTES = (1, 3 * 1024**2, 10 * 1024**2)
 #: A console without a new word for so long is that of a guest that hangs (scaled like all limits).
 SILENCE_SECONDS = 75.0
+#: Boots that are begun before an emulator that loses interrupts is given up.
+EMULATOR_TRIES = 3
 #: Outer limit of a whole scene, as a multiple of a boot.
 _SCENE_BOOTS = 8
 
@@ -86,15 +91,15 @@ def booted(
     *,
     make_data: Callable[[ToolsRoot, CloudConfig, Path], Path] = make_seed,
 ) -> Iterator[Guest]:
-    """Boot an overlay and wait until SSH works and systemd has settled."""
+    """Boot an overlay and wait until SSH works and systemd has settled.
+
+    A boot that the emulator brought to a stand is begun anew, from the overlay as it was before.
+    """
     folder = acceptance.work_dir / name
     seed = make_data(acceptance.tools, cloud, folder)
     spec = machine(acceptance, overlay, seed, template)
-    limit = acceptance.patience(acceptance.profile.accept.boot_seconds)
-    with running(acceptance.tools, spec, folder) as vm:
-        acceptance.qemu_version = f"{vm.qmp.version} ({vm.qmp.package})"
-        access = vm.ssh(TEST_USER, acceptance.key)
-        seconds = vm.wait_ssh(access, limit, silence_seconds=acceptance.patience(SILENCE_SECONDS))
+    with ExitStack() as stack:
+        vm, access, seconds = _up(acceptance, name, spec, folder, overlay, stack)
         guest = Guest(acceptance, name, access, vm, cloud, overlay, boot_seconds=seconds)
         reporter.info(f"{name}: SSH after {seconds:.0f} s")
         try:
@@ -102,6 +107,33 @@ def booted(
             yield guest
         finally:
             access.close_shared()
+
+
+def _up(
+    acceptance: Acceptance, name: str, spec: MachineSpec, folder: Path, overlay: Path, stack: ExitStack
+) -> tuple[Vm, SshAccess, float]:
+    """A machine that answers over SSH, how to reach it, and the seconds that took. ``stack`` ends it."""
+    limit = acceptance.patience(acceptance.profile.accept.boot_seconds)
+    before = overlay.with_suffix(".before")
+    shutil.copyfile(overlay, before)
+    for left in reversed(range(EMULATOR_TRIES)):
+        with ExitStack() as trial:
+            vm = trial.enter_context(running(acceptance.tools, spec, folder))
+            acceptance.qemu_version = f"{vm.qmp.version} ({vm.qmp.package})"
+            access = vm.ssh(TEST_USER, acceptance.key)
+            try:
+                seconds = vm.wait_ssh(access, limit, silence_seconds=acceptance.patience(SILENCE_SECONDS))
+            except EmulatorError as error:
+                if not left:
+                    raise
+                reporter.warn(f"{name}: {error.message.splitlines()[0]}; the boot is begun anew")
+            else:
+                before.unlink()
+                stack.push(trial.pop_all())
+                return vm, access, seconds
+        acceptance.add("boots_begun_anew", 1)
+        shutil.copyfile(before, overlay)
+    raise AssertionError("the last try returns or raises")
 
 
 @contextmanager

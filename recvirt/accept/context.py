@@ -102,6 +102,11 @@ class Acceptance:
         with self._lock:
             self.measures[name] = value
 
+    def add(self, name: str, number: int) -> None:
+        """Add to a figure for the report."""
+        with self._lock:
+            self.measures[name] = self.measures.get(name, 0) + number
+
 
 def _first_line(text: str) -> str:
     return text.splitlines()[0] if text else ""

@@ -17,7 +17,8 @@ from pathlib import Path
 from subprocess import Popen
 
 from recvirt import run as runner
-from recvirt.errors import CommandError, GuestError
+from recvirt.errors import CommandError, EmulatorError, GuestError
+from recvirt.qemu import stuck
 from recvirt.qemu.argv import (
     CONSOLE_LOG,
     CONSOLE_SOCKET,
@@ -39,6 +40,8 @@ _ECHO_BYTES = 8
 #: What the machine's hardware was doing when a wait ended in vain.
 STATE_LOG = "machine-state.txt"
 _STATE_COMMANDS = ("info status", "info cpus", "info registers -a", "info irq", "info pic", "info blockstats")
+#: A silent guest's processors are looked at after so long; asleep with an interrupt in service at two looks is stuck.
+_LOOK_SECONDS = 20.0
 _POLL_SECONDS = 0.25
 _STATUS_SECONDS = 5.0
 #: States of a machine that will not run again by itself (QEMU's RunState).
@@ -63,6 +66,7 @@ class Vm:
         self.process = process
         self.started = time.monotonic()
         self._mark = 0
+        self._stuck: set[tuple[int, int]] = set()
         self._keyboard: socket.socket | None = None
         self._next_status = self.started + _STATUS_SECONDS
         try:
@@ -167,7 +171,7 @@ class Vm:
         GuestError when QEMU dies, time is up, or nothing new was on the console for ``silence_seconds``: systemd names
         there every few seconds what it waits for.
         """
-        started = heard = time.monotonic()
+        started = heard = looked = time.monotonic()
         size = self._console_bytes()
         while True:
             if done():
@@ -176,6 +180,9 @@ class Vm:
             self._drain()
             if (now := self._console_bytes()) != size:
                 size, heard = now, time.monotonic()
+            if time.monotonic() - max(heard, looked) > _LOOK_SECONDS:
+                looked = time.monotonic()
+                self._check_processors()
             if time.monotonic() - heard > silence_seconds:
                 raise self.error(
                     f"{what} did not come: the console has been silent for {silence_seconds:.0f} s "
@@ -193,8 +200,8 @@ class Vm:
         """
         said = []
         try:
-            for command in _STATE_COMMANDS:
-                text = self.qmp.execute("human-monitor-command", {"command-line": command})
+            for command in (*_STATE_COMMANDS, *(f"info lapic {number}" for number in range(self.spec.cpus))):
+                text = self._monitor(command)
                 said.append(f"(qemu) {command}\n{text}")
         except QmpError as error:
             said.append(error.message)
@@ -203,6 +210,27 @@ class Vm:
             (self.folder / STATE_LOG).write_text("\n".join(said).replace("\r", ""))
         halted = re.findall(r"\bHLT=(\d)", "\n".join(said))
         return f"{halted.count('1')} of {len(halted)} processors idle"
+
+    def _monitor(self, command: str) -> str:
+        return str(self.qmp.execute("human-monitor-command", {"command-line": command}))
+
+    def _check_processors(self) -> None:
+        """EmulatorError when a processor was found stuck at two looks in a row (see :mod:`recvirt.qemu.stuck`)."""
+        if self.spec.accelerator != "tcg":
+            return
+        found = {
+            (number, vector)
+            for number in stuck.sleeping(self._monitor("info registers -a"))
+            for vector in stuck.in_service(self._monitor(f"info lapic {number}"))
+        }
+        if again := sorted(found & self._stuck):
+            number, vector = again[0]
+            raise EmulatorError(
+                f"QEMU's emulation lost an interrupt: processor {number} sleeps with vector {vector} in service, so "
+                f"its timer reaches it no more ({self.keep_state()})",
+                hint="the image is not at fault: run it again",
+            )
+        self._stuck = found
 
     def wait_for(self, pattern: str, seconds: float) -> str:
         """Wait for a regular expression on the serial console (after the last :meth:`mark`); returns what matched."""
@@ -247,7 +275,7 @@ class Vm:
 
     def host_port(self, guest_port: int) -> int:
         """The host's port that leads to ``guest_port``. QEMU itself bound a free one, so nobody races for it."""
-        text = self.qmp.execute("human-monitor-command", {"command-line": "info usernet"})
+        text = self._monitor("info usernet")
         try:
             return parse_forwards(text)[guest_port]
         except KeyError:

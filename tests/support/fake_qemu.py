@@ -1,7 +1,7 @@
 """Stands in for QEMU in unit tests: answers QMP on the socket named on its command line and writes a console.
 
 Environment: ``FAKE_CONSOLE`` is written to console.log at once; ``FAKE_DIE`` is a status to end with after a moment,
-``FAKE_STATUS`` what query-status answers.
+``FAKE_STATUS`` what query-status answers, ``FAKE_ISR`` the vectors that processor 0 has in service.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from typing import Any, TextIO
 
 MONITOR = {
     "info usernet": "  TCP[HOST_FORWARD]  11  127.0.0.1 39995  10.0.2.15  22  0  0\r\n",
-    "info registers -a": "CPU#0\r\nII=0 A20=1 SMM=0 HLT=1\r\nCPU#1\r\nII=0 A20=1 SMM=0 HLT=0\r\n",
+    "info registers -a": "CPU#0\r\nRFL=00000202 [-------] CPL=0 II=0 A20=1 SMM=0 HLT=1\r\n"
+    "CPU#1\r\nRFL=00000246 [---Z-P-] CPL=0 II=0 A20=1 SMM=0 HLT=0\r\n",
+    "info lapic 0": f"SPIV\t 0x000001ff\r\nISR\t {os.environ.get('FAKE_ISR', '(none)')} \r\nIRR\t 33 236 \r\n",
+    "info lapic 1": "ISR\t 236 \r\nIRR\t (none)\r\n",
 }
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
+from recvirt.accept import boots
 from recvirt.accept.boots import bytes_written
-from recvirt.errors import GuestError
+from recvirt.errors import EmulatorError, GuestError
 from recvirt.qemu import Disk, MachineSpec, running
 from recvirt.qemu import vm as vm_module
 from recvirt.qemu.vm import clean_console
@@ -76,10 +80,72 @@ def test_a_wait_in_vain_tells_what_the_processors_do(tools: FakeTools, tmp_path:
         with pytest.raises(GuestError, match="1 of 2 processors idle"):
             vm.wait_for("login:", 0.1)
         state = (tmp_path / "vm" / "machine-state.txt").read_text()
-        assert "(qemu) info registers -a\nCPU#0\nII=0" in state
+        assert "(qemu) info registers -a\nCPU#0\nRFL=" in state and "(qemu) info lapic 0\nSPIV" in state
         vm.process.kill()
         vm.process.wait()
         assert "control connection" in vm.keep_state() or "does not listen" in vm.keep_state()
+
+
+def test_a_processor_that_sleeps_with_an_interrupt_in_service_is_the_emulators_fault(
+    tools: FakeTools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vm_module, "_LOOK_SECONDS", 0.1)
+    FakeTools.environment = {"FAKE_ISR": "48 236"}
+    spec = MachineSpec()
+    with running(tools, spec, tmp_path / "vm") as vm, pytest.raises(EmulatorError) as caught:
+        vm.wait_for("login:", 60)
+    assert "processor 0 sleeps with vector 48 in service" in caught.value.message
+    # Not under KVM, whose interrupts are the hardware's; and not of a processor that is awake, as the other one is.
+    with running(tools, replace(spec, accelerator="kvm"), tmp_path / "kvm") as vm, pytest.raises(GuestError) as other:
+        vm.wait_for("login:", 1)
+    FakeTools.environment = {}
+    with running(tools, spec, tmp_path / "sound") as vm, pytest.raises(GuestError) as third:
+        vm.wait_for("login:", 1)
+    assert not isinstance(other.value, EmulatorError) and not isinstance(third.value, EmulatorError)
+
+
+def test_a_boot_that_the_emulator_lost_is_begun_anew_from_the_same_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overlay = tmp_path / "overlay.qcow2"
+    overlay.write_text("as made")
+    tries: list[str] = []
+
+    class Machine:
+        qmp = SimpleNamespace(version="10.0.0", package="")
+
+        def ssh(self, user: str, key: Path) -> str:
+            return user
+
+        def wait_ssh(self, access: str, seconds: float, *, silence_seconds: float) -> float:
+            tries.append(overlay.read_text())
+            overlay.write_text("half a boot")
+            if len(tries) < lost + 1:
+                raise EmulatorError("lost")
+            return 7.0
+
+    @contextmanager
+    def machine(*_: Any) -> Iterator[Machine]:
+        yield Machine()
+
+    monkeypatch.setattr(boots, "running", machine)
+    added: list[str] = []
+    acceptance: Any = SimpleNamespace(
+        patience=lambda seconds: seconds, profile=SimpleNamespace(accept=SimpleNamespace(boot_seconds=1)), tools=None,
+        key=tmp_path, add=lambda name, _: added.append(name),
+    )  # fmt: skip
+    for lost in (0, boots.EMULATOR_TRIES - 1, boots.EMULATOR_TRIES):
+        overlay.write_text("as made")
+        tries.clear()
+        added.clear()
+        with ExitStack() as stack:
+            if lost < boots.EMULATOR_TRIES:
+                assert boots._up(acceptance, "x", MachineSpec(), tmp_path, overlay, stack)[2] == 7.0
+                assert tries == ["as made"] * (lost + 1) and len(added) == lost
+                assert not overlay.with_suffix(".before").exists()
+            else:
+                with pytest.raises(EmulatorError):
+                    boots._up(acceptance, "x", MachineSpec(), tmp_path, overlay, stack)
 
 
 def test_a_full_disk_is_told_at_once_and_not_waited_for(
