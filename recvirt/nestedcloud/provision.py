@@ -6,6 +6,8 @@ Nothing secret is in an image; all of it is made here. Owns the order of the ste
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import pwd
@@ -22,11 +24,15 @@ from typing import Any
 
 from recvirt.nestedcloud.model import NAME
 
-CENTRAL_USER, WORKER_USER = "recvirt-central", "recvirt-worker"
+CENTRAL_USER, WORKER_USER, BROKER_USER = "recvirt-central", "recvirt-worker", "rabbitmq"
 #: The central node's account at the broker; each worker has its UUID for one.
 BROKER_CENTRAL = "central"
 #: Every host has the same node name: the broker's data carry it.
-RABBITMQCTL = ("rabbitmqctl", "-q", "-n", "rabbit@localhost")
+RABBITMQCTL = (
+    # It is a node of its own while it runs, and would listen to everybody.
+    "env", "RABBITMQ_CTL_ERL_ARGS=-kernel inet_dist_use_interface {127,0,0,1}",
+    "rabbitmqctl", "-q", "-n", "rabbit@localhost",
+)  # fmt: skip
 _VHOST = "/"
 _COMMAND_SECONDS = 300
 _CERTIFICATE_DAYS = 3650
@@ -64,6 +70,19 @@ def run_program(argv: Sequence[str], text: str, user: str | None) -> str:
     return done.stdout
 
 
+def can_log_in(url: str) -> bool:
+    """Whether the broker takes a URL's account and password."""
+    import kombu
+
+    try:
+        with kombu.Connection(url, connect_timeout=20) as connection:
+            connection.connect()
+            return True
+    except Exception:
+        # Away, refused, of another protocol: all the same here, the set-up finds out which.
+        return False
+
+
 @dataclass(frozen=True)
 class Machine:
     """Where everything lies; tests have another root folder, and programs of their own."""
@@ -72,6 +91,7 @@ class Machine:
     run: Run = run_program
     owner_of: Callable[[str], tuple[int, int]] = field(default=lambda user: pwd.getpwnam(user)[2:4])
     tell: Callable[[str], None] = print
+    can_log_in: Callable[[str], bool] = can_log_in
 
     @property
     def etc(self) -> Path:
@@ -142,6 +162,9 @@ def domain_type(machine: Machine) -> str:
 
 def ensure_folders(machine: Machine) -> None:
     """The two mounts' folders, for the worker; the state, for the central node."""
+    # Whoever runs a service may look here; the files themselves say who reads which.
+    machine.etc.mkdir(parents=True, exist_ok=True)
+    machine.etc.chmod(0o755)
     for path, user, mode in (
         (machine.state, CENTRAL_USER, 0o750),
         (machine.root / "var/lib/recvirt/images", WORKER_USER, 0o2771),
@@ -161,6 +184,7 @@ def ensure_certificate(machine: Machine) -> None:
     if key.exists() and certificate.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o755)
     name = socket.gethostname()
     part_key, part = folder / ".key.part", folder / ".cert.part"
     # Made under a mask that leaves others nothing; the front reads it as root before it drops its rights.
@@ -179,13 +203,13 @@ def ensure_certificate(machine: Machine) -> None:
 
 
 def ensure_database(machine: Machine) -> None:
-    """A PostgreSQL cluster without a network, a role for the service's own user, and its database."""
+    """A PostgreSQL cluster, a role for the service's own user, and its database."""
     listed = machine.run(["pg_lsclusters", "--no-header"], "", None).split("\n")
     clusters = [line.split() for line in listed if line.strip()]
     if not clusters:
         version = sorted(path.name for path in (machine.root / "usr/lib/postgresql").iterdir())[-1]
         machine.tell(f"making the database cluster {version}/main")
-        words = ["pg_createcluster", version, "main", "-o", "listen_addresses=", "--", "--auth-local=peer"]
+        words = ["pg_createcluster", version, "main", "--", "--auth-local=peer"]
         machine.run(words, "", None)
         clusters = [[version, "main"]]
     version, name = clusters[0][:2]
@@ -212,23 +236,40 @@ def permissions(user: str) -> tuple[str, str, str]:
     return own, rf"^(worker\.{user}|central|amq\.default|celery)$", own
 
 
-def ensure_account(machine: Machine, user: str, password: str) -> None:
-    """An account at the broker with this password and its permissions."""
-    listed = machine.run([*RABBITMQCTL, "list_users", "--formatter", "json"], "", None)
-    names = {item["user"] for item in json.loads(listed or "[]")}
-    verb = "change_password" if user in names else "add_user"
-    machine.run([*RABBITMQCTL, verb, user], f"{password}\n", None)
-    machine.run([*RABBITMQCTL, "set_permissions", "-p", _VHOST, user, *permissions(user)], "", None)
+def password_hash(password: str) -> str:
+    """What RabbitMQ keeps of a password ("Computing password hashes" in its documentation): salted SHA-256."""
+    salt = secrets.token_bytes(4)
+    return base64.b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode()
+
+
+def definitions(passwords: Mapping[str, str]) -> str:
+    """Accounts and permissions as a document that RabbitMQ imports at once; again, it changes what is different."""
+    names = ("configure", "write", "read")
+    return json.dumps({
+        "users": [
+            {"name": user, "password_hash": password_hash(password), "tags": [],
+             "hashing_algorithm": "rabbit_password_hashing_sha256"}
+            for user, password in passwords.items()
+        ],
+        "permissions": [
+            {"user": user, "vhost": _VHOST, **dict(zip(names, permissions(user), strict=True))} for user in passwords
+        ],
+    })  # fmt: skip
 
 
 def ensure_broker(machine: Machine, passwords: Mapping[str, str]) -> None:
-    """RabbitMQ with our accounts and without its well-known one."""
+    """RabbitMQ with our accounts and without its well-known one. Its own tools are slow, so a login is tried first."""
     machine.run(["systemctl", "start", "rabbitmq-server.service"], "", None)
-    machine.run([*RABBITMQCTL, "await_startup", "--timeout", str(_COMMAND_SECONDS)], "", None)
-    for user, password in passwords.items():
-        ensure_account(machine, user, password)
-    listed = json.loads(machine.run([*RABBITMQCTL, "list_users", "--formatter", "json"], "", None) or "[]")
-    if any(item["user"] == "guest" for item in listed):
+    urls = [_broker_url(user, password) for user, password in passwords.items()]
+    if not all(machine.can_log_in(url) for url in urls):
+        machine.tell("making the accounts at the broker")
+        path = machine.root / "run/recvirt-cloud-accounts.json"
+        write(machine, path, definitions(passwords), reader=BROKER_USER)
+        try:
+            machine.run([*RABBITMQCTL, "import_definitions", str(path)], "", None)
+        finally:
+            path.unlink()
+    if machine.can_log_in(_broker_url("guest", "guest")):
         machine.run([*RABBITMQCTL, "delete_user", "guest"], "", None)
 
 

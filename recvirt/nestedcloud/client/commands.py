@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from recvirt.nestedcloud.client.api import Api, ApiError, load_access
 from recvirt.nestedcloud.client.output import fields, parse_bytes, table
 
+if TYPE_CHECKING:
+    _Bytes = click.ParamType[int]
+else:
+    _Bytes = click.ParamType  # no generic before click 8.2
 
-class Size(click.ParamType[int]):
+
+class Size(_Bytes):
     """Bytes, as 512M or 2G."""
 
     name = "size"
