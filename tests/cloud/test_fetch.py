@@ -142,7 +142,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
     """Names resolve to these addresses; what was asked for."""
     asked: list[str] = []
 
-    def resolved(host: str, port: int, **_: Any) -> list[Any]:
+    def resolved(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
         asked.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
 

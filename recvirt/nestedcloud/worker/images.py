@@ -24,6 +24,8 @@ from recvirt.nestedcloud.worker.storage import Limits, check_room, run_tool, sto
 
 #: Room for qcow2's own tables in a file: one part in 64 and a little is several times what they take.
 _TABLES_PART, _TABLES_BYTES = 64, 64 * MIB
+#: qemu-img(1), check: no errors, or clusters that nobody uses.
+_CHECK_GOOD = (0, 3)
 
 Facts = dict[str, Any]
 
@@ -193,6 +195,10 @@ class QemuImages(_Common):
         # The format is named, never guessed: a raw image that begins like a qcow2 stays raw.
         words = ["qemu-img", "convert", "-q", "-f", spec.format, "-O", "qcow2", str(source), str(target)]
         try:
+            if spec.format == "qcow2":
+                # What lies behind the end of a file that was cut off would be read as zeros.
+                check = ["qemu-img", "check", "-q", "-f", "qcow2", str(source)]
+                self._run(check, good=_CHECK_GOOD, limits=limits)
             self._run(words, limits=limits)
         except ActionError as error:
             if error.fault is not Fault.STORAGE:
