@@ -29,6 +29,15 @@ class BusyError(Exception):
     """Another process works on the same thing. The message is given back, to come again."""
 
 
+def _targets(command: Command) -> list[str]:
+    """What a command works on, in one order for all. ModelError when one is no UUID: they become file names."""
+    things = (command.instance, command.network, command.volume, command.image)
+    found = {thing.uuid for thing in things if thing is not None}
+    if "source" in command.args:
+        found.add(str(command.args["source"]))
+    return sorted(check_uuid(target) for target in found or {command.operation})
+
+
 @dataclass(frozen=True)
 class Agent:
     """One worker."""
@@ -52,7 +61,11 @@ class Agent:
         def progress(percent: int, text: str) -> None:
             report(Phase.RUNNING, progress=percent, message=text)
 
-        with self._alone(command):
+        try:
+            targets = _targets(command)
+        except ModelError as error:
+            return report(Phase.FAILED, fault=Fault.INVALID, message=str(error))
+        with self._alone(targets):
             report(Phase.RUNNING)
             site = Site(
                 self.hypervisor,
@@ -78,16 +91,12 @@ class Agent:
             return report(Phase.SUCCEEDED, progress=100, facts=facts)
 
     @contextmanager
-    def _alone(self, command: Command) -> Iterator[None]:
+    def _alone(self, targets: list[str]) -> Iterator[None]:
         """Hold the locks of what the command works on. The kernel lets go of them when the process dies."""
-        things = (command.instance, command.network, command.volume, command.image)
-        targets = {thing.uuid for thing in things if thing is not None}
-        if "source" in command.args:
-            targets.add(str(command.args["source"]))
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            for target in sorted(targets or {command.operation}):
-                stream = stack.enter_context((self.run_dir / f"{check_uuid(target)}.lock").open("w"))
+            for target in targets:
+                stream = stack.enter_context((self.run_dir / f"{target}.lock").open("w"))
                 try:
                     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
