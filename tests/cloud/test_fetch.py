@@ -146,7 +146,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
         asked.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
 
-    monkeypatch.setattr(fetching.socket, "getaddrinfo", resolved)
+    monkeypatch.setattr("socket.getaddrinfo", resolved)
     return asked
 
 
@@ -168,9 +168,12 @@ def test_the_address_that_was_checked_is_the_one_that_is_connected_to(
     asked = answers(monkeypatch, "127.0.0.1")
     connected: list[Any] = []
     real = socket.create_connection
-    monkeypatch.setattr(
-        fetching.socket, "create_connection", lambda where, *more: (connected.append(where), real(where, *more))[1]
-    )
+
+    def connecting(where: Any, *more: Any) -> socket.socket:
+        connected.append(where)
+        return real(where, *more)
+
+    monkeypatch.setattr("socket.create_connection", connecting)
     port = server.rpartition(":")[2]
     assert got(f"http://images.example.org:{port}/image") == b"bytes"
     # Resolved once: a second answer could be another one (DNS rebinding).

@@ -241,9 +241,14 @@ def backing(tmp_path: Path, name: str) -> bytes:
 )  # fmt: skip
 def test_an_image_that_names_another_file_never_gets_to_qemu_img(host: Host, tmp_path: Path, name: str) -> None:
     ran: list[Any] = []
+
+    def run(*argv: Any, **_: Any) -> str:
+        ran.append(argv)
+        return ""
+
     spec = uploaded(host, backing(tmp_path, name))
     with pytest.raises(ActionError, match="backing file") as caught:
-        QemuImages(host, lambda *argv, **_: ran.append(argv) or "").bring_in(spec, lambda _p, _t: None)
+        QemuImages(host, run).bring_in(spec, lambda _percent, _text: None)
     assert caught.value.fault is Fault.INVALID and ran == []
     assert list(host.images_dir.iterdir()) == []
 

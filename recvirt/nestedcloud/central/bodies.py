@@ -6,7 +6,7 @@ a stranger could fill the disk.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any
 
 from recvirt.nestedcloud.spool import PIECE_BYTES_MAX
@@ -20,7 +20,7 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 
-def bounded(application: Application) -> Application:
+def bounded(application: Application) -> Callable[[Any, Any, Any], Coroutine[Any, Any, None]]:
     """The same application, with a 413 for a body that says it is too large, and an end for one that turns out so."""
 
     async def run(scope: Message, receive: Receive, send: Send) -> None:

@@ -160,7 +160,9 @@ def image() -> None:
 
 
 def _image_body(name: str, disk_format: str | None, sha256: str, max_size: int | None) -> dict[str, Any]:
-    body: dict[str, Any] = {"name": name, "sha256": sha256.lower()}
+    body: dict[str, Any] = {"name": name}
+    if sha256:
+        body["sha256"] = sha256.lower()
     body |= {key: value for key, value in (("format", disk_format), ("largest_bytes", max_size)) if value is not None}
     return body
 
