@@ -13,6 +13,7 @@ import click
 from recvirt import __version__
 from recvirt.nestedcloud.client.api import VARIABLE, ApiError
 from recvirt.nestedcloud.client.commands import COMMANDS
+from recvirt.nestedcloud.client.storage_commands import STORAGE_COMMANDS
 
 #: Exit statuses, one a class of error.
 STATUS_USAGE, STATUS_REFUSED, STATUS_UNREACHABLE, STATUS_CONFIG = 2, 3, 4, 5
@@ -33,7 +34,7 @@ def main_group(project: str | None) -> None:
     """
 
 
-for _command in COMMANDS:
+for _command in (*COMMANDS, *STORAGE_COMMANDS):
     main_group.add_command(_command)
 
 

@@ -81,6 +81,7 @@ def prepare(place: Place) -> None:
             "uuid": worker, "name": "dev", "cloud": cloud, "broker": broker, "libvirt": "test:///default",
             "domain_type": "test", "images_dir": str(folder / "images"), "blocks_dir": str(folder / "blocks"),
             "run_dir": str(folder / "run"), "pool": "threads", "heartbeat_seconds": 1.0,
+            "spool_dir": str(folder / "spool"),
         }))  # fmt: skip
         # Last: without it everything above is made anew.
         _write(place.central, _toml({

@@ -24,6 +24,10 @@ GIB = 1024**3
 
 #: A DNS label (RFC 1123): names of instances are their guests' host names too.
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+#: The last slot for a volume; the root disk has 0, the first-boot data the one behind.
+SLOT_MAX = 24
+#: File systems for volumes, and the smallest volume in bytes that their makers take (mkfs.ext4(8), mkfs.xfs(8)).
+FILESYSTEM_BYTES_MIN = {"none": MIB, "ext4": 8 * MIB, "xfs": 300 * MIB}
 #: Lower and upper bound of ``InstanceSpec.priority``; 50 is what everybody gets.
 PRIORITY_MIN, PRIORITY_DEFAULT, PRIORITY_MAX = 1, 50, 100
 
@@ -64,6 +68,8 @@ class Kind(enum.StrEnum):
     VOLUME_ALLOCATE = "volume-allocate"
     VOLUME_RESIZE = "volume-resize"
     VOLUME_SNAPSHOT = "volume-snapshot"
+    VOLUME_REVERT = "volume-revert"
+    VOLUME_SNAPSHOT_REMOVE = "volume-snapshot-remove"
     VOLUME_REMOVE = "volume-remove"
     IMAGE_IMPORT = "image-import"
     IMAGE_REMOVE = "image-remove"
@@ -124,18 +130,22 @@ class DiskSpec:
     """A disk of an instance.
 
     ``uuid`` names its file; the root disk has the instance's. ``size_bytes`` is what the guest sees. ``image`` is the
-    image that a root disk starts as a copy of.
+    image that a root disk starts as a copy of. ``slot`` is where it is plugged in: 0 for the root disk, 1 to 24 for a
+    volume, which keeps its slot while others come and go.
     """
 
     uuid: str
     size_bytes: int
     format: str = "qcow2"
     image: str | None = None
+    slot: int = 0
 
     def __post_init__(self) -> None:
         check_uuid(self.uuid)
         if self.image is not None:
             check_uuid(self.image)
+        if not 0 <= self.slot <= SLOT_MAX:
+            raise ModelError(f"slot {self.slot}: want 0 to {SLOT_MAX}")
         if self.format not in ("raw", "qcow2"):
             raise ModelError(f"disks are raw or qcow2, not {self.format!r}")
         if self.size_bytes <= 0 or self.size_bytes % 512:
@@ -188,6 +198,9 @@ class InstanceSpec:
             raise ModelError("memory comes in whole MiB")
         if not PRIORITY_MIN <= self.priority <= PRIORITY_MAX:
             raise ModelError(f"priority {self.priority}: want {PRIORITY_MIN} to {PRIORITY_MAX}")
+        slots = [volume.slot for volume in self.volumes]
+        if 0 in slots or len(set(slots)) != len(slots):
+            raise ModelError("each volume wants a slot of its own, from 1")
         for key in self.ssh_keys:
             if "\n" in key or not key.strip():
                 raise ModelError("an SSH key is one line")
@@ -205,6 +218,50 @@ class NetworkSpec:
 
 
 @dataclass(frozen=True)
+class VolumeSpec:
+    """What a volume should be. ``name`` gives the file system its label; ``generation`` rises with every change."""
+
+    uuid: str
+    name: str
+    generation: int
+    size_bytes: int
+    format: str = "raw"
+    filesystem: str = "none"
+
+    def __post_init__(self) -> None:
+        DiskSpec(self.uuid, self.size_bytes, self.format)
+        check_name(self.name)
+        if self.filesystem not in FILESYSTEM_BYTES_MIN:
+            raise ModelError(f"{self.filesystem!r} is none of {', '.join(FILESYSTEM_BYTES_MIN)}")
+        if self.size_bytes < FILESYSTEM_BYTES_MIN[self.filesystem]:
+            smallest = FILESYSTEM_BYTES_MIN[self.filesystem] // MIB
+            raise ModelError(f"a volume with file system {self.filesystem} wants {smallest} MiB or more")
+        if self.size_bytes % MIB:
+            raise ModelError("a volume comes in whole MiB")
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """An image of the catalogue. ``format`` is that of what is brought in: from ``url``, or from the spool of uploads
+    when that is empty. ``sha256`` is the digest that is wanted, or empty. ``largest_bytes`` bounds what is fetched and
+    what a guest would see.
+    """
+
+    uuid: str
+    format: str = "qcow2"
+    url: str = ""
+    sha256: str = ""
+    largest_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        check_uuid(self.uuid)
+        if self.format not in ("raw", "qcow2"):
+            raise ModelError(f"images are raw or qcow2, not {self.format!r}")
+        if self.sha256 and not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise ModelError("a SHA-256 digest has 64 hexadecimal digits in lower case")
+
+
+@dataclass(frozen=True)
 class Command:
     """From the central node to a worker: a wake-up with the state to be reached, not a step to be done blindly.
 
@@ -217,6 +274,8 @@ class Command:
     generation: int
     instance: InstanceSpec | None = None
     network: NetworkSpec | None = None
+    volume: VolumeSpec | None = None
+    image: ImageSpec | None = None
     args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     protocol: int = PROTOCOL
 

@@ -59,7 +59,7 @@ def test_vmx_and_svm_reach_the_guest_only_when_asked_for(nest: bool) -> None:
 
 
 def test_disks_bypass_the_page_cache_and_give_back_what_is_free() -> None:
-    volume = DiskSpec(str(uuid.uuid4()), GIB, "raw")
+    volume = DiskSpec(str(uuid.uuid4()), GIB, "raw", slot=1)
     domain = parsed(volumes=(volume,))
     disks = domain.findall("devices/disk")
     targets = [attributes(disk, "target")["dev"] for disk in disks]

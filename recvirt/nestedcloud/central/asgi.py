@@ -6,5 +6,7 @@ import os
 
 from django.core.asgi import get_asgi_application
 
+from recvirt.nestedcloud.central.bodies import bounded
+
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "recvirt.nestedcloud.central.settings")
-application = get_asgi_application()
+application = bounded(get_asgi_application())

@@ -34,6 +34,12 @@ class Config:
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
     heartbeat_seconds: float = 5.0
     lease_seconds: float = 60.0
+    spool_dir: str = ""
+
+    @property
+    def spool(self) -> Path:
+        """Where uploads wait for a worker of this host."""
+        return Path(self.spool_dir) if self.spool_dir else Path(self.state_dir) / "spool"
 
     @property
     def secret_key(self) -> str:

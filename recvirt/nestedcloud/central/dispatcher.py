@@ -16,6 +16,7 @@ from django.db import close_old_connections, connection, transaction
 from django.db.models import Q
 from django.utils import timezone
 
+from recvirt.nestedcloud.central import storage_reports
 from recvirt.nestedcloud.central.models import Event, Instance, InstanceState, Operation
 from recvirt.nestedcloud.central.specs import command_of
 from recvirt.nestedcloud.model import Command, Fault, Kind, ModelError, Phase
@@ -78,8 +79,9 @@ def _give_up(operation: Operation, message: str, fault: Fault = Fault.TIMED_OUT)
     operation.phase, operation.fault, operation.message = Phase.FAILED.value, fault.value, message
     operation.finished, operation.lease_until = timezone.now(), None
     operation.save()
-    if operation.kind == Kind.LAUNCH and operation.instance_id is not None:
+    if operation.kind in (Kind.LAUNCH, Kind.CLONE) and operation.instance_id is not None:
         Instance.objects.filter(pk=operation.instance_id).update(state=InstanceState.FAILED)
+    storage_reports.finish(operation, False, {})
     Event.objects.create(
         project=operation.project, user=operation.user, kind="operation.failed", subject=operation.uuid,
         data={"kind": operation.kind, "message": message},

@@ -120,27 +120,51 @@ class Worker(Row):
         return self.name
 
 
+class DiskFormat(models.TextChoices):
+    """How a disk is written."""
+
+    RAW = "raw"
+    QCOW2 = "qcow2"
+
+
 class ImageState(models.TextChoices):
     """Whether an image can be started."""
 
+    UPLOADING = "uploading"
     IMPORTING = "importing"
     READY = "ready"
     FAILED = "failed"
+    REMOVING = "removing"
+    DELETED = "deleted"
 
 
 class Image(Row):
-    """What instances start as a copy of. Without a project it is everybody's."""
+    """What instances start as a copy of. Without a project it is everybody's. ``upload_bytes`` is how much its uploader
+    announced; ``promised_bytes`` is what is counted against the project's quota.
+    """
 
     name = models.CharField(max_length=63, validators=[name_validator])
     project = models.ForeignKey(Project, null=True, blank=True, on_delete=models.CASCADE, related_name="images")
     state = models.CharField(max_length=10, choices=ImageState.choices, default=ImageState.IMPORTING)
     sha256 = models.CharField(max_length=64, blank=True)
     virtual_bytes = models.PositiveBigIntegerField(default=0)
+    worker = models.ForeignKey(Worker, null=True, blank=True, on_delete=models.PROTECT, related_name="images")
+    format = models.CharField(max_length=10, choices=DiskFormat.choices, default=DiskFormat.QCOW2)
+    wanted_sha256 = models.CharField(max_length=64, blank=True)
+    upload_bytes = models.PositiveBigIntegerField(default=0)
+    promised_bytes = models.PositiveBigIntegerField(default=0)
 
     class Meta:
         constraints = [
-            models.UniqueConstraint(fields=["project", "name"], name="one_image_of_a_name"),
-            models.UniqueConstraint(fields=["name"], condition=Q(project=None), name="one_public_image_of_a_name"),
+            # A deleted one's name is free again.
+            models.UniqueConstraint(
+                fields=["project", "name"], condition=~Q(state=ImageState.DELETED), name="one_image_of_a_name"
+            ),
+            models.UniqueConstraint(
+                fields=["name"],
+                condition=Q(project=None) & ~Q(state=ImageState.DELETED),
+                name="one_public_image_of_a_name",
+            ),
         ]
 
     def __str__(self) -> str:
@@ -227,6 +251,56 @@ class Instance(Row):
         return self.name
 
 
+class Filesystem(models.TextChoices):
+    """What a volume is formatted with."""
+
+    NONE = "none"
+    EXT4 = "ext4"
+    XFS = "xfs"
+
+
+class VolumeState(models.TextChoices):
+    """What a volume is when nothing is being done to it."""
+
+    NEW = "new"
+    READY = "ready"
+    FAILED = "failed"
+    DELETED = "deleted"
+
+
+class Volume(Row):
+    """A disk of its own, that outlives instances. ``worker`` holds it; ``instance`` has it, or will, in ``slot``.
+
+    ``promised_bytes`` is what is counted against the project's quota, with the copies that are its snapshots.
+    """
+
+    project = models.ForeignKey(Project, on_delete=models.PROTECT, related_name="volumes")
+    worker = models.ForeignKey(Worker, on_delete=models.PROTECT, related_name="volumes")
+    instance = models.ForeignKey(Instance, null=True, blank=True, on_delete=models.PROTECT, related_name="volumes")
+    slot = models.PositiveSmallIntegerField(null=True, blank=True)
+    name = models.CharField(max_length=63, validators=[name_validator])
+    state = models.CharField(max_length=10, choices=VolumeState.choices, default=VolumeState.NEW)
+    generation = models.PositiveIntegerField(default=1)
+    size_bytes = models.PositiveBigIntegerField()
+    promised_bytes = models.PositiveBigIntegerField()
+    format = models.CharField(max_length=10, choices=DiskFormat.choices, default=DiskFormat.RAW)
+    filesystem = models.CharField(max_length=10, choices=Filesystem.choices, default=Filesystem.EXT4)
+    # Their names, and the bytes that each one takes beside the volume.
+    snapshots = models.JSONField(default=dict)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(
+                fields=["project", "name"], condition=~Q(state=VolumeState.DELETED), name="one_volume_of_a_name"
+            ),
+            models.UniqueConstraint(fields=["instance", "slot"], name="one_volume_a_slot"),
+            check_constraint(Q(instance=None, slot=None) | Q(instance__isnull=False, slot__gte=1), "volume_slot"),
+        ]
+
+    def __str__(self) -> str:
+        return self.name
+
+
 class Nic(Row):
     """A network card of an instance."""
 
@@ -251,8 +325,12 @@ class Operation(Row):
     user = models.ForeignKey(settings.AUTH_USER_MODEL, null=True, on_delete=models.SET_NULL, related_name="operations")
     instance = models.ForeignKey(Instance, null=True, blank=True, on_delete=models.PROTECT, related_name="operations")
     network = models.ForeignKey(Network, null=True, blank=True, on_delete=models.SET_NULL, related_name="operations")
+    volume = models.ForeignKey(Volume, null=True, blank=True, on_delete=models.PROTECT, related_name="operations")
+    image = models.ForeignKey(Image, null=True, blank=True, on_delete=models.PROTECT, related_name="operations")
+    # What a clone is made of; it is held as well.
+    source = models.ForeignKey(Instance, null=True, blank=True, on_delete=models.PROTECT, related_name="clonings")
     worker = models.ForeignKey(Worker, null=True, blank=True, on_delete=models.SET_NULL, related_name="operations")
-    kind = models.CharField(max_length=20, choices=_choices(Kind))
+    kind = models.CharField(max_length=30, choices=_choices(Kind))
     phase = models.CharField(max_length=10, choices=_choices(Phase), default=Phase.QUEUED.value)
     idempotency_key = models.CharField(max_length=64, null=True, blank=True)
     request_digest = models.CharField(max_length=64, blank=True)
@@ -272,6 +350,15 @@ class Operation(Row):
         constraints = [
             models.UniqueConstraint(
                 fields=["instance"], condition=Q(phase__in=ACTIVE_PHASES), name="one_active_operation_an_instance"
+            ),
+            models.UniqueConstraint(
+                fields=["volume"], condition=Q(phase__in=ACTIVE_PHASES), name="one_active_operation_a_volume"
+            ),
+            models.UniqueConstraint(
+                fields=["image"], condition=Q(phase__in=ACTIVE_PHASES), name="one_active_operation_an_image"
+            ),
+            models.UniqueConstraint(
+                fields=["source"], condition=Q(phase__in=ACTIVE_PHASES), name="one_active_cloning_an_instance"
             ),
             models.UniqueConstraint(fields=["project", "idempotency_key"], name="one_operation_a_key"),
         ]

@@ -26,6 +26,8 @@ from recvirt.nestedcloud.central.models import (
     Nic,
     Operation,
     Project,
+    Volume,
+    Worker,
 )
 from recvirt.nestedcloud.central.problems import KeyReused, OperationActive, Refused, WrongState
 from recvirt.nestedcloud.model import Kind, ModelError, check_name
@@ -58,7 +60,7 @@ def digest_of(kind: Kind, target: str, args: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _seen(project: Project, key: str | None, digest: str) -> Operation | None:
+def seen(project: Project, key: str | None, digest: str) -> Operation | None:
     """The operation that this key made before. KeyReused when it was another request."""
     if key is None:
         return None
@@ -77,10 +79,11 @@ def launch(project: Project, user: User | None, wish: Mapping[str, Any], key: st
         need = admission.Need(1, wish["vcpus_max"], wish["memory_max_bytes"], wish["disk_bytes"])
         # The project's row is locked first: of two requests with one key, the second one finds the first one's.
         Project.objects.select_for_update().get(pk=project.pk)
-        if (found := _seen(project, key, digest)) is not None:
+        if (found := seen(project, key, digest)) is not None:
             return found
         admission.check_quota(project, need)
-        image: Image = wish["image"]
+        # Locked, so that it is not removed at the same time.
+        image = Image.objects.select_for_update().get(pk=wish["image"].pk)
         if image.state != ImageState.READY:
             raise WrongState(f"the image {image.name} is {image.state}")
         if image.virtual_bytes > wish["disk_bytes"]:
@@ -111,15 +114,10 @@ def request(
     digest = digest_of(kind, str(instance.uuid), args)
     with transaction.atomic():
         Project.objects.select_for_update().get(pk=project.pk)
-        if (found := _seen(project, key, digest)) is not None:
+        if (found := seen(project, key, digest)) is not None:
             return found
         locked = Instance.objects.select_for_update().get(pk=instance.pk)
-        active = locked.operations.filter(phase__in=ACTIVE_PHASES).first()
-        if active is not None:
-            raise OperationActive(
-                f"{locked.name} is busy: {active.kind} has been {active.phase} since {active.created:%H:%M:%S}",
-                operation=str(active.uuid),
-            )
+        check_idle(locked)
         if locked.state not in ALLOWED[kind]:
             raise WrongState(f"{kind} is not for an instance that is {locked.state}", state=locked.state)
         checked = _checked(locked, kind, args)
@@ -153,22 +151,52 @@ def _checked(instance: Instance, kind: Kind, args: Mapping[str, Any]) -> dict[st
             name = check_name(str(checked.get("snapshot", "")))
         except ModelError as error:
             raise Refused(str(error)) from None
+        if kind is not Kind.SNAPSHOT_REMOVE and (volume := instance.volumes.first()) is not None:
+            # A snapshot would hold the volume's state or bring back a description that still names it.
+            raise Refused(
+                f"{instance.name} has the volume {volume.name}: detach it first; volumes have snapshots of their own"
+            )
         if (name in instance.snapshots) == (kind is Kind.SNAPSHOT):
             raise Refused(f"there is {'a' if kind is Kind.SNAPSHOT else 'no'} snapshot called {name}")
     return checked
+
+
+def check_idle(locked: Instance | Volume | Image) -> None:
+    """OperationActive, naming it, when something is being done to it. Called with its row locked."""
+    active = locked.operations.filter(phase__in=ACTIVE_PHASES).first()
+    if active is None and isinstance(locked, Instance):
+        active = locked.clonings.filter(phase__in=ACTIVE_PHASES).first()
+    if active is not None:
+        raise OperationActive(
+            f"{locked.name} is busy: {active.kind} has been {active.phase} since {active.created:%H:%M:%S}",
+            operation=str(active.uuid),
+        )
 
 
 def _record(
     project: Project, user: User | None, kind: Kind, instance: Instance, args: dict[str, Any], key: str | None,
     digest: str,
 ) -> Operation:  # fmt: skip
+    return record(project, user, kind, args, key, digest, instance=instance, worker=instance.worker)
+
+
+def record(
+    project: Project, user: User | None, kind: Kind, args: dict[str, Any], key: str | None, digest: str, *,
+    worker: Worker | None, instance: Instance | None = None, volume: Volume | None = None, image: Image | None = None,
+    source: Instance | None = None,
+) -> Operation:  # fmt: skip
+    """The row of an operation, and the event that it was asked for."""
+    target = volume or image or instance
     operation = Operation.objects.create(
-        project=project, user=user, instance=instance, worker=instance.worker, kind=kind.value, args=args,
-        idempotency_key=key, request_digest=digest, generation=instance.generation,
+        project=project, user=user, instance=instance, volume=volume, image=image, source=source, worker=worker,
+        kind=kind.value, args=args, idempotency_key=key, request_digest=digest,
+        generation=instance.generation if instance is not None else 0,
     )  # fmt: skip
+    about = {"instance": instance, "volume": volume, "image": image, "source": source}
     Event.objects.create(
         project=project, user=user, kind=f"operation.{operation.phase}", subject=operation.uuid,
-        data={"kind": kind.value, "instance": str(instance.uuid), "name": instance.name},
+        data={"kind": kind.value, "name": target.name if target is not None else "",
+              **{what: str(row.uuid) for what, row in about.items() if row is not None}},
     )  # fmt: skip
     return operation
 

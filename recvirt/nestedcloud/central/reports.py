@@ -13,6 +13,7 @@ from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
 
+from recvirt.nestedcloud.central import storage_reports
 from recvirt.nestedcloud.central.models import (
     ACTIVE_PHASES,
     Event,
@@ -54,6 +55,7 @@ def apply(report: Report) -> bool:
             operation.fault = report.fault.value if report.fault else ""
             operation.facts = dict(report.facts)
             _finish(operation, report)
+            storage_reports.finish(operation, report.phase is Phase.SUCCEEDED, report.facts)
         operation.save()
         if report.phase.is_final:
             Event.objects.create(
@@ -73,7 +75,7 @@ def _finish(operation: Operation, report: Report) -> None:
             setattr(instance, name, value)
         if isinstance(report.facts.get("snapshots"), list):
             instance.snapshots = report.facts["snapshots"]
-    elif kind is Kind.LAUNCH:
+    elif kind in (Kind.LAUNCH, Kind.CLONE):
         instance.state = InstanceState.FAILED
     instance.promised_vcpus = instance.vcpus_max
     instance.promised_memory_bytes = instance.memory_max_bytes

@@ -15,6 +15,7 @@ from recvirt.nestedcloud.central.models import (
     Nic,
     Operation,
     Project,
+    Volume,
     Worker,
     name_validator,
 )
@@ -43,20 +44,6 @@ class WorkerSerializer(serializers.ModelSerializer[Worker]):
         ]  # fmt: skip
 
 
-class ImageSerializer(serializers.ModelSerializer[Image]):
-    """What instances start as a copy of."""
-
-    public = serializers.SerializerMethodField()
-
-    def get_public(self, image: Image) -> bool:
-        """Whether it is everybody's."""
-        return image.project_id is None
-
-    class Meta:
-        model = Image
-        fields = ["uuid", "name", "public", "state", "sha256", "virtual_bytes", "created"]
-
-
 class NetworkSerializer(serializers.ModelSerializer[Network]):
     """A network."""
 
@@ -79,12 +66,14 @@ class OperationSerializer(serializers.ModelSerializer[Operation]):
     """Something asked for, and how far it is."""
 
     instance_name = serializers.CharField(source="instance.name", read_only=True, default=None)
+    volume_name = serializers.CharField(source="volume.name", read_only=True, default=None)
+    image_name = serializers.CharField(source="image.name", read_only=True, default=None)
 
     class Meta:
         model = Operation
         fields = [
-            "uuid", "kind", "phase", "progress", "message", "fault", "instance", "instance_name", "attempt", "facts",
-            "created", "started", "finished",
+            "uuid", "kind", "phase", "progress", "message", "fault", "instance", "instance_name", "volume_name",
+            "image_name", "attempt", "facts", "created", "started", "finished",
         ]  # fmt: skip
 
 
@@ -94,6 +83,7 @@ class InstanceSerializer(serializers.ModelSerializer[Instance]):
     image = serializers.SlugRelatedField[Image](slug_field="name", read_only=True)
     worker = serializers.SlugRelatedField[Worker](slug_field="name", read_only=True)
     nics = NicSerializer(many=True, read_only=True)
+    volumes = serializers.SlugRelatedField[Volume](slug_field="name", many=True, read_only=True)
     operation = serializers.SerializerMethodField()
 
     def get_operation(self, instance: Instance) -> dict[str, Any] | None:
@@ -105,7 +95,7 @@ class InstanceSerializer(serializers.ModelSerializer[Instance]):
         model = Instance
         fields = [
             "uuid", "name", "state", "power", "operation", "image", "worker", "vcpus", "vcpus_max", "memory_bytes",
-            "memory_max_bytes", "disk_bytes", "priority", "nest", "nics", "ssh_keys", "snapshots", "created",
+            "memory_max_bytes", "disk_bytes", "priority", "nest", "nics", "volumes", "ssh_keys", "snapshots", "created",
         ]  # fmt: skip
 
 
@@ -117,7 +107,7 @@ class EventSerializer(serializers.ModelSerializer[Event]):
         fields = ["id", "at", "kind", "subject", "data"]
 
 
-class _Strict(serializers.Serializer[Any]):
+class Strict(serializers.Serializer[Any]):
     """Refuses fields that it does not know: a misspelt one must not be ignored."""
 
     def to_internal_value(self, data: Any) -> Any:
@@ -127,7 +117,7 @@ class _Strict(serializers.Serializer[Any]):
         return super().to_internal_value(data)
 
 
-class _Size(_Strict):
+class _Size(Strict):
     vcpus = serializers.IntegerField(min_value=1, max_value=512, required=False)
     vcpus_max = serializers.IntegerField(min_value=1, max_value=512, required=False)
     memory_bytes = serializers.IntegerField(min_value=32 * MIB, required=False)
@@ -192,17 +182,17 @@ class RescaleSerializer(_Size):
         return attrs
 
 
-class StopSerializer(_Strict):
+class StopSerializer(Strict):
     """``graceful_seconds`` is what the guest gets to power off by itself; 0 takes the power away at once."""
 
     graceful_seconds = serializers.FloatField(min_value=0, max_value=3600, required=False)
 
 
-class SnapshotSerializer(_Strict):
+class SnapshotSerializer(Strict):
     """The name of a snapshot."""
 
     snapshot = serializers.CharField(max_length=63, validators=[name_validator])
 
 
-class NothingSerializer(_Strict):
+class NothingSerializer(Strict):
     """No fields."""

@@ -5,69 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from django.db.models import Prefetch, QuerySet
-from django.http import Http404
-from rest_framework import mixins, status, viewsets
+from rest_framework import mixins, viewsets
 from rest_framework.decorators import action
 from rest_framework.exceptions import ValidationError
-from rest_framework.permissions import IsAuthenticated
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.serializers import Serializer
 
-from recvirt.nestedcloud.central import operations, serializers
-from recvirt.nestedcloud.central.auth import ProjectPermission, role_in
+from recvirt.nestedcloud.central import images, operations, serializers, storage_serializers
 from recvirt.nestedcloud.central.models import (
     Event,
-    Image,
     Instance,
     InstanceState,
     Network,
     Operation,
     Project,
-    Role,
     Worker,
 )
+from recvirt.nestedcloud.central.scoped import ProjectScoped
 from recvirt.nestedcloud.model import NAME, Kind
-
-KEY_HEADER = "Idempotency-Key"
-_KEY_MAX = 64
-
-
-class ProjectScoped(viewsets.GenericViewSet[Any]):
-    """Everything below one project, found by its name. What a stranger asks for is not found."""
-
-    permission_classes = [IsAuthenticated, ProjectPermission]
-    project: Project
-    role: Role
-
-    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        """Look the project up before permissions are looked at."""
-        self.perform_authentication(request)
-        if request.user is not None and request.user.is_authenticated:
-            project = Project.objects.filter(name=kwargs["project"]).first()
-            role = role_in(request.user, project) if project is not None else None
-            if project is None or role is None:
-                raise Http404("there is no such project")
-            self.project, self.role = project, role
-        super().initial(request, *args, **kwargs)
-
-    def checked(self, kind: type[Serializer[Any]], request: Request) -> dict[str, Any]:
-        """The validated body."""
-        serializer = kind(data=request.data, context={"project": self.project})
-        serializer.is_valid(raise_exception=True)
-        return dict(serializer.validated_data)
-
-    def key(self, request: Request) -> str | None:
-        """The client's idempotency key."""
-        key = request.headers.get(KEY_HEADER)
-        if key is not None and not 1 <= len(key) <= _KEY_MAX:
-            raise ValidationError({KEY_HEADER: [f"1 to {_KEY_MAX} characters"]})
-        return key
-
-    @staticmethod
-    def accepted(operation: Operation) -> Response:
-        """202 with the operation."""
-        return Response(serializers.OperationSerializer(operation).data, status=status.HTTP_202_ACCEPTED)
 
 
 class Projects(mixins.ListModelMixin, viewsets.GenericViewSet[Project]):
@@ -91,16 +47,6 @@ class Workers(mixins.ListModelMixin, mixins.RetrieveModelMixin, viewsets.Generic
     lookup_value_regex = NAME.pattern
 
 
-class Images(mixins.ListModelMixin, ProjectScoped):
-    """The project's images, and everybody's."""
-
-    serializer_class = serializers.ImageSerializer
-
-    def get_queryset(self) -> QuerySet[Image]:
-        """Own and public ones."""
-        return (Image.objects.filter(project=self.project) | Image.objects.filter(project=None)).order_by("name")
-
-
 class Networks(mixins.ListModelMixin, ProjectScoped):
     """The project's networks."""
 
@@ -120,7 +66,7 @@ class Operations(mixins.ListModelMixin, mixins.RetrieveModelMixin, ProjectScoped
 
     def get_queryset(self) -> QuerySet[Operation]:
         """Its own."""
-        return self.project.operations.select_related("instance").order_by("-created")
+        return self.project.operations.select_related("instance", "volume", "image").order_by("-created")
 
 
 class Events(mixins.ListModelMixin, ProjectScoped):
@@ -148,7 +94,9 @@ class Instances(mixins.ListModelMixin, mixins.RetrieveModelMixin, ProjectScoped)
         return (
             self.project.instances.exclude(state=InstanceState.DELETED)
             .select_related("image", "worker")
-            .prefetch_related("nics__network", Prefetch("operations", Operation.objects.filter(finished=None)))
+            .prefetch_related(
+                "nics__network", "volumes", Prefetch("operations", Operation.objects.filter(finished=None))
+            )
             .order_by("name")
         )
 
@@ -156,21 +104,17 @@ class Instances(mixins.ListModelMixin, mixins.RetrieveModelMixin, ProjectScoped)
         """Launch."""
         wish = self.checked(serializers.LaunchSerializer, request)
         wish.setdefault("networks", [operations.default_network(self.project)])
-        return self.accepted(operations.launch(self.project, self._user, wish, self.key(request)))
+        return self.accepted(operations.launch(self.project, self.user, wish, self.key(request)))
 
     def destroy(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         """Delete."""
         return self._ask(request, Kind.DELETE, serializers.NothingSerializer)
 
-    @property
-    def _user(self) -> Any:
-        return self.request.user
-
     def _ask(self, request: Request, kind: Kind, body: type[Serializer[Any]]) -> Response:
         args = self.checked(body, request)
         if kind is Kind.RESCALE:
             args = {"restart": args.pop("restart"), "changes": args}
-        return self.accepted(operations.request(self.get_object(), self._user, kind, args, self.key(request)))
+        return self.accepted(operations.request(self.get_object(), self.user, kind, args, self.key(request)))
 
     @action(detail=True, methods=["post"])
     def start(self, request: Request, **kwargs: Any) -> Response:
@@ -216,3 +160,15 @@ class Instances(mixins.ListModelMixin, mixins.RetrieveModelMixin, ProjectScoped)
     def snapshot_remove(self, request: Request, **kwargs: Any) -> Response:
         """Forget a snapshot."""
         return self._ask(request, Kind.SNAPSHOT_REMOVE, serializers.SnapshotSerializer)
+
+    @action(detail=True, methods=["post"])
+    def export(self, request: Request, **kwargs: Any) -> Response:
+        """Its root disk into the catalogue of images."""
+        name = self.checked(storage_serializers.ExportSerializer, request)["image"]
+        return self.accepted(images.export(self.get_object(), name, self.user, self.key(request)))
+
+    @action(detail=True, methods=["post"])
+    def clone(self, request: Request, **kwargs: Any) -> Response:
+        """Another instance with a copy of its root disk."""
+        name = self.checked(storage_serializers.CloneSerializer, request)["name"]
+        return self.accepted(images.clone(self.get_object(), name, self.user, self.key(request)))

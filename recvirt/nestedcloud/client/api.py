@@ -90,16 +90,26 @@ class Api:
         """A path in the project."""
         return f"projects/{self.access.project}/{path}"
 
-    def call(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
-        """One request. What changes something carries a key, so that it is done once however often it is sent."""
+    def call(self, method: str, path: str, body: Any = None, *, data: bytes | None = None, **query: Any) -> Any:
+        """One request, with ``body`` as JSON or ``data`` as they are. What changes something carries a key, so that it
+        is done once however often it is sent.
+        """
         headers = {"Idempotency-Key": uuid.uuid4().hex} if method != "GET" else {}
+        if data is not None:
+            headers["Content-Type"] = "application/octet-stream"
         problem = ""
         for attempt in range(_TRIES):
             if attempt:
                 time.sleep(2 ** (attempt - 1))
             try:
                 answer = self._session.request(
-                    method, self._url(path), json=body, params=query, headers=headers, timeout=_TIMEOUT_SECONDS
+                    method,
+                    self._url(path),
+                    json=body,
+                    data=data,
+                    params=query,
+                    headers=headers,
+                    timeout=_TIMEOUT_SECONDS,
                 )
             except requests.RequestException as error:
                 problem = str(error)

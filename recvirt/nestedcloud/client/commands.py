@@ -52,9 +52,8 @@ def _follow(operation: Mapping[str, Any], wait: bool, timeout: float, as_json: b
 
     def progress(now: Mapping[str, Any]) -> None:
         nonlocal said
-        text = (
-            f"{now['kind']} {now['instance_name'] or ''}: {now['phase']} {now['progress']} % {now['message']}".rstrip()
-        )
+        name = next((now[f"{what}_name"] for what in ("volume", "image", "instance") if now[f"{what}_name"]), "")
+        text = f"{now['kind']} {name}: {now['phase']} {now['progress']} % {now['message']}".rstrip()
         if text != said and not as_json:
             click.echo(text, err=True)
         said = text
@@ -167,14 +166,14 @@ snapshot_remove = _verb("snapshot-remove", "Forget a snapshot.", _snapshot)
 
 
 def _list(
-    name: str, path: str, text: str, columns: tuple[tuple[str, str], ...], *, scoped: bool = True
+    name: str, path: str, text: str, columns: tuple[tuple[str, str], ...], *, scoped: bool = True, program: str = ""
 ) -> click.Command:
     def run(as_json: bool) -> None:
         table(api().pages(api().below(path) if scoped else path), columns, as_json=as_json)
 
-    command: click.Command = click.command(name, help=f"{text}\n\n\b\nExample:\n  recvirt-cloud {name} --json")(
-        _json(run)
-    )
+    command: click.Command = click.command(
+        name, help=f"{text}\n\n\b\nExample:\n  recvirt-cloud {program or name} --json"
+    )(_json(run))
     return command
 
 

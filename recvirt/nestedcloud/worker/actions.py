@@ -7,8 +7,7 @@ operation goes on after a crash. Owns the order of the steps. Does not own: libv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 from recvirt.nestedcloud.model import (
@@ -25,24 +24,11 @@ from recvirt.nestedcloud.model import (
 )
 from recvirt.nestedcloud.worker.domain import shares
 from recvirt.nestedcloud.worker.errors import ActionError
-from recvirt.nestedcloud.worker.hypervisor import Hypervisor
-from recvirt.nestedcloud.worker.storage import Storage
+from recvirt.nestedcloud.worker.site import Action, Facts, Site
+from recvirt.nestedcloud.worker.storage_actions import STORAGE_ACTIONS
 
 #: How long a guest may take to power off before its power is taken away.
 GRACEFUL_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where an action works: the hypervisor, the files, and whom to tell of progress (per cent, sentence)."""
-
-    hypervisor: Hypervisor
-    storage: Storage
-    progress: Callable[[int, str], None] = field(default=lambda _percent, _text: None)
-
-
-Facts = dict[str, Any]
-Action = Callable[[Site, Command], Facts]
 
 
 def _instance(command: Command) -> InstanceSpec:
@@ -253,4 +239,5 @@ ACTIONS: Mapping[Kind, Action] = {
     Kind.LAUNCH: launch, Kind.START: start, Kind.STOP: stop, Kind.REBOOT: reboot, Kind.SUSPEND: suspend,
     Kind.RESUME: resume, Kind.DELETE: delete, Kind.RESCALE: rescale, Kind.SNAPSHOT: snapshot, Kind.REVERT: revert,
     Kind.SNAPSHOT_REMOVE: snapshot_remove, Kind.NETWORK_ENSURE: network_ensure, Kind.NETWORK_REMOVE: network_remove,
+    **STORAGE_ACTIONS,
 }  # fmt: skip

@@ -10,15 +10,16 @@ import fcntl
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recvirt.nestedcloud.model import Command, Fault, Heartbeat, ModelError, Phase, Report, check_uuid
-from recvirt.nestedcloud.worker.actions import ACTIONS, Site
+from recvirt.nestedcloud.worker.actions import ACTIONS
 from recvirt.nestedcloud.worker.errors import ActionError
 from recvirt.nestedcloud.worker.hypervisor import Hypervisor
+from recvirt.nestedcloud.worker.site import Site
 from recvirt.nestedcloud.worker.storage import Storage, storage_error
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,15 @@ log = logging.getLogger(__name__)
 
 class BusyError(Exception):
     """Another process works on the same thing. The message is given back, to come again."""
+
+
+def _targets(command: Command) -> list[str]:
+    """What a command works on, in one order for all. ModelError when one is no UUID: they become file names."""
+    things = (command.instance, command.network, command.volume, command.image)
+    found = {thing.uuid for thing in things if thing is not None}
+    if "source" in command.args:
+        found.add(str(command.args["source"]))
+    return sorted(check_uuid(target) for target in found or {command.operation})
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,11 @@ class Agent:
         def progress(percent: int, text: str) -> None:
             report(Phase.RUNNING, progress=percent, message=text)
 
-        with self._alone(command):
+        try:
+            targets = _targets(command)
+        except ModelError as error:
+            return report(Phase.FAILED, fault=Fault.INVALID, message=str(error))
+        with self._alone(targets):
             report(Phase.RUNNING)
             site = Site(
                 self.hypervisor,
@@ -64,7 +78,7 @@ class Agent:
                     raise ActionError(Fault.NOT_SUPPORTED, f"this worker knows no {command.kind}")
                 facts = action(site, command)
             except ActionError as error:
-                return report(Phase.FAILED, fault=error.fault, message=error.message)
+                return report(Phase.FAILED, fault=error.fault, message=error.message, facts=error.facts)
             except ModelError as error:
                 return report(Phase.FAILED, fault=Fault.INVALID, message=str(error))
             except OSError as error:
@@ -77,15 +91,16 @@ class Agent:
             return report(Phase.SUCCEEDED, progress=100, facts=facts)
 
     @contextmanager
-    def _alone(self, command: Command) -> Iterator[None]:
-        """Hold the lock of what the command works on. The kernel lets go of it when the process dies."""
-        target = command.instance.uuid if command.instance else command.network.uuid if command.network else ""
+    def _alone(self, targets: list[str]) -> Iterator[None]:
+        """Hold the locks of what the command works on. The kernel lets go of them when the process dies."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        with (self.run_dir / f"{check_uuid(target or command.operation)}.lock").open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BusyError(target) from None
+        with ExitStack() as stack:
+            for target in targets:
+                stream = stack.enter_context((self.run_dir / f"{target}.lock").open("w"))
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise BusyError(target) from None
             yield
 
     def heartbeat(self) -> Heartbeat:

@@ -128,8 +128,8 @@ def _add_clock(domain: ET.Element) -> None:
 
 def _devices(spec: InstanceSpec, host: Host) -> ET.Element:
     devices = ET.Element("devices")
-    for index, disk in enumerate((spec.root, *spec.volumes)):
-        devices.append(disk_element(disk, index, host))
+    for disk in (spec.root, *spec.volumes):
+        devices.append(disk_element(disk, host))
     devices.append(_seed_element(spec, host))
     for nic in spec.nics:
         devices.append(nic_element(nic))
@@ -148,7 +148,7 @@ def _devices(spec: InstanceSpec, host: Host) -> ET.Element:
     return devices
 
 
-def disk_element(disk: DiskSpec, index: int, host: Host) -> ET.Element:
+def disk_element(disk: DiskSpec, host: Host) -> ET.Element:
     """A disk, for the domain or to be attached by itself."""
     element = ET.Element("disk", type="file", device="disk")
     # The page cache of L1 would hold what L2's own cache holds already.
@@ -157,7 +157,7 @@ def disk_element(disk: DiskSpec, index: int, host: Host) -> ET.Element:
         words["iothread"] = "1"
     ET.SubElement(element, "driver", words)
     _sub(element, "source", file=str(host.disk_path(disk.uuid, disk.format)))
-    _sub(element, "target", dev=disk_target(index), bus="virtio")
+    _sub(element, "target", dev=disk_target(disk.slot), bus="virtio")
     _sub(element, "serial", disk_serial(disk.uuid))
     return element
 

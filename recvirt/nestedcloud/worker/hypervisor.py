@@ -13,8 +13,17 @@ from xml.etree import ElementTree as ET
 
 import libvirt
 
-from recvirt.nestedcloud.model import MIB, DomainFacts, Fault, InstanceSpec, NetworkSpec, Power
-from recvirt.nestedcloud.worker.domain import NAMESPACE, domain_xml, network_name, network_xml, own_metadata
+from recvirt.nestedcloud.model import MIB, DiskSpec, DomainFacts, Fault, InstanceSpec, NetworkSpec, Power
+from recvirt.nestedcloud.worker.domain import (
+    NAMESPACE,
+    disk_element,
+    disk_serial,
+    disk_target,
+    domain_xml,
+    network_name,
+    network_xml,
+    own_metadata,
+)
 from recvirt.nestedcloud.worker.errors import ActionError
 from recvirt.nestedcloud.worker.host import Host
 
@@ -263,6 +272,45 @@ class Hypervisor:
         """Forget one, unless it is gone."""
         if name in self.snapshots(domain):
             self._call(self._call(domain.snapshotLookupByName, name).delete)
+
+    def is_plugged(self, domain: Any, disk: DiskSpec) -> bool:
+        """Whether a running guest has the disk."""
+        # Only what runs: without a flag libvirt describes that.
+        description = ET.fromstring(self._call(domain.XMLDesc))  # noqa: S314 - libvirt wrote it
+        serials = [element.text for element in description.iterfind("devices/disk/serial")]
+        return disk_serial(disk.uuid) in serials
+
+    def plug(self, domain: Any, disk: DiskSpec) -> None:
+        """Give a running guest a disk, unless it has it."""
+        if not self.is_plugged(domain, disk):
+            text = ET.tostring(disk_element(disk, self.host), encoding="unicode")
+            self._call(domain.attachDeviceFlags, text, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+    def unplug(self, domain: Any, disk: DiskSpec, seconds: float) -> None:
+        """Take a disk from a running guest, unless it is gone. ActionError when the guest does not let go in time."""
+        if not self.is_plugged(domain, disk):
+            return
+        text = ET.tostring(disk_element(disk, self.host), encoding="unicode")
+        try:
+            domain.detachDeviceFlags(text, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+        except libvirt.libvirtError as error:
+            # Asked before, and the guest has not answered yet: QEMU says it so, and there is no code for it.
+            if "in the process of unplug" not in str(error):
+                raise fault_of(error) from None
+        deadline = time.monotonic() + seconds
+        while self.is_plugged(domain, disk):
+            if time.monotonic() > deadline:
+                raise ActionError(
+                    Fault.TIMED_OUT,
+                    f"the guest did not let go of {disk_target(disk.slot)} in {seconds:.0f} s: "
+                    "unmount it there and ask again, or stop the instance first",
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def resize_disk(self, domain: Any, disk: DiskSpec) -> None:
+        """Make a running guest's disk larger; the guest sees it at once."""
+        flag = libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES
+        self._call(domain.blockResize, disk_target(disk.slot), disk.size_bytes, flag)
 
     def ensure_network(self, spec: NetworkSpec) -> None:
         """Define and start a network, and have it come back with libvirtd."""

@@ -8,12 +8,14 @@ import threading
 import tomllib
 import uuid
 from dataclasses import dataclass, fields
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
 
 from celery import Celery
 from celery.signals import worker_ready, worker_shutting_down
 
+from recvirt.nestedcloud import spool
 from recvirt.nestedcloud.model import Command, ModelError, check_name, check_uuid, decode
 from recvirt.nestedcloud.queue import EXECUTE, Sender, make_app, worker_queue
 from recvirt.nestedcloud.worker.agent import Agent, BusyError
@@ -46,6 +48,13 @@ class Config:
     pool: str = "prefork"
     concurrency: int = 4
     heartbeat_seconds: float = 5.0
+    spool_dir: str = ""
+    fetch_allow: tuple[str, ...] = ()
+
+    @property
+    def fetch_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """Where images may come from although it is not the public internet. ValueError when one is no network."""
+        return tuple(ip_network(text) for text in self.fetch_allow)
 
 
 def load(path: Path) -> Config:
@@ -54,9 +63,11 @@ def load(path: Path) -> Config:
         data: dict[str, Any] = tomllib.loads(path.read_text())
         if unknown := sorted(set(data) - {field.name for field in fields(Config)}):
             raise ConfigError(f"{path}: unknown {', '.join(unknown)}")
+        data["fetch_allow"] = tuple(data.get("fetch_allow", ()))
         config = Config(**data)
         check_uuid(config.uuid), check_uuid(config.cloud), check_name(config.name)
-    except (OSError, tomllib.TOMLDecodeError, ModelError) as error:
+        _ = config.fetch_networks
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from None
     except TypeError as error:
         raise ConfigError(f"{path}: {str(error).removeprefix('Config.__init__() ')}") from None
@@ -79,12 +90,17 @@ def make_agent(config: Config, *, connection: Any = None) -> Agent:
     """The agent that a configuration describes."""
     domain_type: Any = config.domain_type
     cgroup = 2 if Path("/sys/fs/cgroup/cgroup.controllers").exists() else 1
-    host = Host(config.cloud, domain_type, Path(config.images_dir), Path(config.blocks_dir), cgroup)
+    host = Host(
+        config.cloud, domain_type, Path(config.images_dir), Path(config.blocks_dir), cgroup,
+        spool_dir=Path(config.spool_dir) if config.spool_dir else None, fetch_allow=config.fetch_networks,
+    )  # fmt: skip
     for folder in (host.images_dir, host.blocks_dir, Path(config.run_dir)):
         folder.mkdir(parents=True, exist_ok=True)
     hypervisor = Hypervisor(config.libvirt, host, shared=connection)
     storage = SparseStorage(host) if domain_type == "test" else QemuStorage(host)
     features = {"domain_type": domain_type, "libvirt": config.libvirt, "cgroup": cgroup}
+    if host.spool_dir is not None:
+        features["spool"] = spool.identity(host.spool_dir)
     return Agent(config.uuid, config.name, hypervisor, storage, Path(config.run_dir), boot_id(config), features)
 
 

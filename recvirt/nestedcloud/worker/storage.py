@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -42,6 +43,22 @@ class Storage(Protocol):
 
     def remove_instance(self, spec_uuid: str) -> None:
         """Root disk, first-boot data and console log, as far as they are there."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use that reads what a stranger wrote: bytes of memory, bytes of a file, seconds of a processor
+    and of the clock.
+    """
+
+    file_bytes: int
+    memory_bytes: int = 2 * 1024**3
+    seconds: int = 1800
+
+    def words(self) -> list[str]:
+        """prlimit(1), to stand before the program: it sets them after the fork, whatever threads we have."""
+        return ["prlimit", f"--as={self.memory_bytes}", f"--fsize={self.file_bytes}", f"--cpu={self.seconds}",
+                "--core=0", "--"]  # fmt: skip
 
 
 @contextmanager
@@ -166,17 +183,20 @@ class QemuStorage(_Common):
         return now < disk.size_bytes
 
 
-def run_tool(argv: Sequence[str]) -> str:
-    """Run a program of the host; ActionError with what it said."""
+def run_tool(argv: Sequence[str], *, good: Sequence[int] = (0,), limits: Limits | None = None) -> str:
+    """Run a program of the host; ActionError with what it said, unless it ends with a ``good`` status."""
+    seconds = limits.seconds if limits is not None else _TOOL_SECONDS
+    words = [*limits.words(), *argv] if limits is not None else argv
     try:
         done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TOOL_SECONDS, check=False
-        )
+            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=seconds,
+            check=False,
+        )  # fmt: skip
     except FileNotFoundError:
-        raise ActionError(Fault.STORAGE, f"{argv[0]} is not installed on this host") from None
+        raise ActionError(Fault.STORAGE, f"{words[0]} is not installed on this host") from None
     except subprocess.TimeoutExpired:
-        raise ActionError(Fault.TIMED_OUT, f"{argv[0]} did not end in {_TOOL_SECONDS} s") from None
-    if done.returncode != 0:
+        raise ActionError(Fault.TIMED_OUT, f"{argv[0]} did not end in {seconds} s") from None
+    if done.returncode not in good:
         text = done.stderr.strip()[-500:]
         fault = Fault.NO_SPACE if "No space left on device" in text else Fault.STORAGE
         raise ActionError(fault, f"{argv[0]}: {text or f'status {done.returncode}'}")
