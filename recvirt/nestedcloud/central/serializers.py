@@ -110,14 +110,16 @@ class InstanceSerializer(serializers.ModelSerializer[Instance]):
 
 
 class EventSerializer(serializers.ModelSerializer[Event]):
-    """What happened."""
+    """What happened, and who did it."""
+
+    user = serializers.CharField(source="user.username", read_only=True, default=None)
 
     class Meta:
         model = Event
-        fields = ["id", "at", "kind", "subject", "data"]
+        fields = ["id", "at", "kind", "subject", "user", "data"]
 
 
-class _Strict(serializers.Serializer[Any]):
+class Strict(serializers.Serializer[Any]):
     """Refuses fields that it does not know: a misspelt one must not be ignored."""
 
     def to_internal_value(self, data: Any) -> Any:
@@ -127,7 +129,7 @@ class _Strict(serializers.Serializer[Any]):
         return super().to_internal_value(data)
 
 
-class _Size(_Strict):
+class _Size(Strict):
     vcpus = serializers.IntegerField(min_value=1, max_value=512, required=False)
     vcpus_max = serializers.IntegerField(min_value=1, max_value=512, required=False)
     memory_bytes = serializers.IntegerField(min_value=32 * MIB, required=False)
@@ -145,6 +147,7 @@ class LaunchSerializer(_Size):
     nest = serializers.BooleanField(default=False)
     ssh_keys = serializers.ListField(child=serializers.CharField(max_length=16384), default=list, max_length=64)
     user_data = serializers.CharField(allow_blank=True, default="", max_length=_USER_DATA_MAX, trim_whitespace=False)
+    reservation = serializers.UUIDField(required=False)
 
     def validate_ssh_keys(self, keys: list[str]) -> list[str]:
         """One line each."""
@@ -192,17 +195,17 @@ class RescaleSerializer(_Size):
         return attrs
 
 
-class StopSerializer(_Strict):
+class StopSerializer(Strict):
     """``graceful_seconds`` is what the guest gets to power off by itself; 0 takes the power away at once."""
 
     graceful_seconds = serializers.FloatField(min_value=0, max_value=3600, required=False)
 
 
-class SnapshotSerializer(_Strict):
+class SnapshotSerializer(Strict):
     """The name of a snapshot."""
 
     snapshot = serializers.CharField(max_length=63, validators=[name_validator])
 
 
-class NothingSerializer(_Strict):
+class NothingSerializer(Strict):
     """No fields."""
