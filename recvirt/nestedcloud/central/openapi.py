@@ -196,7 +196,8 @@ class _Document:
             words["description"] = re.sub(r"\s+", " ", more)
         if endpoint.is_list:
             words["parameters"] += [
-                {"name": name, "in": "query", "schema": {"type": "integer", "minimum": 0}} for name in ("limit", "offset")
+                {"name": name, "in": "query", "schema": {"type": "integer", "minimum": 0}}
+                for name in ("limit", "offset")
             ]
         body = getattr(view, "bodies", {}).get(action)
         if body is not None:

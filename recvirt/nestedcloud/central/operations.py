@@ -75,11 +75,13 @@ def digest_of(kind: Kind, target: str, args: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _seen(project: Project, key: str | None, digest: str) -> Operation | None:
-    """The operation that this key made before. KeyReused when it was another request."""
+def _seen(project: Project, user: User | None, key: str | None, digest: str) -> Operation | None:
+    """The operation that this key made before. KeyReused when it was another request, or somebody else's."""
     if key is None:
         return None
     found = Operation.objects.filter(project=project, idempotency_key=key).first()
+    if found is not None and found.user_id != (user.pk if user is not None else None):
+        raise KeyReused("this idempotency key was used by somebody else")
     if found is not None and found.request_digest != digest:
         raise KeyReused("this idempotency key stands for another request", operation=str(found.uuid))
     return found
@@ -99,7 +101,7 @@ def launch(
         need = admission.Need(1, wish["vcpus_max"], wish["memory_max_bytes"], wish["disk_bytes"])
         # The project's row is locked first: of two requests with one key, the second one finds the first one's.
         Project.objects.select_for_update().get(pk=project.pk)
-        if (found := _seen(project, key, digest)) is not None:
+        if (found := _seen(project, user, key, digest)) is not None:
             return found
         kept = reservations.take(project, wish["reservation"]) if wish.get("reservation") else None
         until = kept.ends if kept is not None else until
@@ -139,7 +141,7 @@ def request(
     digest = digest_of(kind, str(instance.uuid), args)
     with transaction.atomic():
         Project.objects.select_for_update().get(pk=project.pk)
-        if (found := _seen(project, key, digest)) is not None:
+        if (found := _seen(project, user, key, digest)) is not None:
             return found
         locked = Instance.objects.select_for_update().get(pk=instance.pk)
         active = locked.operations.filter(phase__in=ACTIVE_PHASES).first()

@@ -328,9 +328,7 @@ class Tokens(mixins.ListModelMixin, viewsets.GenericViewSet[ApiToken]):
             User.objects.select_for_update().get(pk=owner.pk)
             if owner.api_tokens.count() >= _TOKENS_MAX:
                 raise Refused(f"{owner.username} has {_TOKENS_MAX} tokens already: revoke some")
-            row, secret = ApiToken.issue(
-                owner, fields["name"], expires, project=project, read_only=fields["read_only"]
-            )
+            row, secret = ApiToken.issue(owner, fields["name"], expires, project=project, read_only=fields["read_only"])
             audit.note(request.user, "token.issued", row.uuid, project, name=row.name, owner=owner.username,
                        read_only=row.read_only)  # fmt: skip
         answer = Response({**TokenSerializer(row).data, "secret": secret}, status=status.HTTP_201_CREATED)

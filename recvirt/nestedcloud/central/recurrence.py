@@ -146,6 +146,8 @@ def _parse(text: str, begins: datetime, zone: ZoneInfo) -> rrule:
     for name, most in (("COUNT", _COUNT_MAX), ("INTERVAL", _INTERVAL_MAX)):
         if name in parts and not (parts[name].isdecimal() and 1 <= int(parts[name]) <= most):
             raise RecurrenceError(f"{name} is 1 to {most}")
+    if parts["FREQ"] == "WEEKLY" and re.search(r"\d", parts.get("BYDAY", "")):
+        raise RecurrenceError("the days of WEEKLY have no numbers: BYDAY=MO,FR")
     if "COUNT" in parts and "UNTIL" in parts:
         raise RecurrenceError("COUNT and UNTIL do not go together")
     if "UNTIL" in parts and not re.fullmatch(r"\d{8}T\d{6}Z", parts["UNTIL"]):

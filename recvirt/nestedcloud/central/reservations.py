@@ -56,7 +56,9 @@ def reserve(
         except (QuotaExceeded, NoCapacity) as refusal:
             length = ends - span.begins if ends is not None and span.begins is not None else None
             slot = next_slot(project, need, begins=max(begins, now), length=length, worker=worker)
-            told = f"the next free slot begins {slot:%Y-%m-%d %H:%M:%S} UTC" if slot else "no later time would do either"
+            told = (
+                f"the next free slot begins {slot:%Y-%m-%d %H:%M:%S} UTC" if slot else "no later time would do either"
+            )
             raise type(refusal)(
                 f"{refusal.detail}; {told}", **refusal.extra | {"next_free": slot.isoformat() if slot else None}
             ) from None

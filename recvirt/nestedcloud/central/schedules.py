@@ -357,7 +357,12 @@ def _refuse_held(schedule: Schedule) -> None:
 def _changeable(schedule: Schedule) -> Schedule:
     locked = Schedule.objects.select_for_update().get(pk=schedule.pk)
     instance = locked.instance
-    if locked.pinned and instance is not None and instance.state != InstanceState.DELETED and locked.next_at is not None:
+    if (
+        locked.pinned
+        and instance is not None
+        and instance.state != InstanceState.DELETED
+        and locked.next_at is not None
+    ):
         raise Refused(
             f"it ends {instance.name}, whose room is promised to others then: delete that instead",
             instance=instance.name,

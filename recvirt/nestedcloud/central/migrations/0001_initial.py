@@ -8,7 +8,6 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     initial = True
 
     dependencies = [
@@ -17,325 +16,781 @@ class Migration(migrations.Migration):
 
     operations = [
         migrations.CreateModel(
-            name='Image',
+            name="Image",
             fields=[
-                ('uuid', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ('created', models.DateTimeField(auto_now_add=True)),
-                ('name', models.CharField(max_length=63, validators=[django.core.validators.RegexValidator('\\A[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\\Z', 'letters a to z, digits and hyphens, 63 at most, not a hyphen at an end')])),
-                ('state', models.CharField(choices=[('importing', 'Importing'), ('ready', 'Ready'), ('failed', 'Failed')], default='importing', max_length=10)),
-                ('sha256', models.CharField(blank=True, max_length=64)),
-                ('virtual_bytes', models.PositiveBigIntegerField(default=0)),
+                ("uuid", models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
+                ("created", models.DateTimeField(auto_now_add=True)),
+                (
+                    "name",
+                    models.CharField(
+                        max_length=63,
+                        validators=[
+                            django.core.validators.RegexValidator(
+                                "\\A[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\\Z",
+                                "letters a to z, digits and hyphens, 63 at most, not a hyphen at an end",
+                            )
+                        ],
+                    ),
+                ),
+                (
+                    "state",
+                    models.CharField(
+                        choices=[("importing", "Importing"), ("ready", "Ready"), ("failed", "Failed")],
+                        default="importing",
+                        max_length=10,
+                    ),
+                ),
+                ("sha256", models.CharField(blank=True, max_length=64)),
+                ("virtual_bytes", models.PositiveBigIntegerField(default=0)),
             ],
         ),
         migrations.CreateModel(
-            name='Network',
+            name="Network",
             fields=[
-                ('uuid', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ('created', models.DateTimeField(auto_now_add=True)),
-                ('name', models.CharField(max_length=63, validators=[django.core.validators.RegexValidator('\\A[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\\Z', 'letters a to z, digits and hyphens, 63 at most, not a hyphen at an end')])),
-                ('kind', models.CharField(choices=[('nat', 'Nat'), ('isolated', 'Isolated'), ('bridge', 'Bridge')], default='nat', max_length=10)),
-                ('cidr', models.CharField(blank=True, max_length=18)),
-                ('bridge', models.CharField(blank=True, max_length=15)),
+                ("uuid", models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
+                ("created", models.DateTimeField(auto_now_add=True)),
+                (
+                    "name",
+                    models.CharField(
+                        max_length=63,
+                        validators=[
+                            django.core.validators.RegexValidator(
+                                "\\A[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\\Z",
+                                "letters a to z, digits and hyphens, 63 at most, not a hyphen at an end",
+                            )
+                        ],
+                    ),
+                ),
+                (
+                    "kind",
+                    models.CharField(
+                        choices=[("nat", "Nat"), ("isolated", "Isolated"), ("bridge", "Bridge")],
+                        default="nat",
+                        max_length=10,
+                    ),
+                ),
+                ("cidr", models.CharField(blank=True, max_length=18)),
+                ("bridge", models.CharField(blank=True, max_length=15)),
             ],
         ),
         migrations.CreateModel(
-            name='Project',
+            name="Project",
             fields=[
-                ('uuid', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ('created', models.DateTimeField(auto_now_add=True)),
-                ('name', models.CharField(max_length=63, unique=True, validators=[django.core.validators.RegexValidator('\\A[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\\Z', 'letters a to z, digits and hyphens, 63 at most, not a hyphen at an end')])),
-                ('instances_max', models.PositiveIntegerField(default=20)),
-                ('vcpus_max', models.PositiveIntegerField(default=32)),
-                ('memory_bytes_max', models.PositiveBigIntegerField(default=68719476736)),
-                ('disk_bytes_max', models.PositiveBigIntegerField(default=1099511627776)),
+                ("uuid", models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
+                ("created", models.DateTimeField(auto_now_add=True)),
+                (
+                    "name",
+                    models.CharField(
+                        max_length=63,
+                        unique=True,
+                        validators=[
+                            django.core.validators.RegexValidator(
+                                "\\A[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\\Z",
+                                "letters a to z, digits and hyphens, 63 at most, not a hyphen at an end",
+                            )
+                        ],
+                    ),
+                ),
+                ("instances_max", models.PositiveIntegerField(default=20)),
+                ("vcpus_max", models.PositiveIntegerField(default=32)),
+                ("memory_bytes_max", models.PositiveBigIntegerField(default=68719476736)),
+                ("disk_bytes_max", models.PositiveBigIntegerField(default=1099511627776)),
             ],
             options={
-                'abstract': False,
+                "abstract": False,
             },
         ),
         migrations.CreateModel(
-            name='Pulse',
+            name="Pulse",
             fields=[
-                ('name', models.CharField(max_length=20, primary_key=True, serialize=False)),
-                ('at', models.DateTimeField()),
+                ("name", models.CharField(max_length=20, primary_key=True, serialize=False)),
+                ("at", models.DateTimeField()),
             ],
         ),
         migrations.CreateModel(
-            name='Worker',
+            name="Worker",
             fields=[
-                ('uuid', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ('created', models.DateTimeField(auto_now_add=True)),
-                ('name', models.CharField(max_length=63, unique=True, validators=[django.core.validators.RegexValidator('\\A[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\\Z', 'letters a to z, digits and hyphens, 63 at most, not a hyphen at an end')])),
-                ('last_seen', models.DateTimeField(blank=True, null=True)),
-                ('draining', models.BooleanField(default=False)),
-                ('revoked', models.BooleanField(default=False)),
-                ('vcpus', models.PositiveIntegerField(default=0)),
-                ('memory_bytes', models.PositiveBigIntegerField(default=0)),
-                ('disk_bytes', models.PositiveBigIntegerField(default=0)),
-                ('features', models.JSONField(default=dict)),
-                ('boot_id', models.CharField(blank=True, max_length=36)),
-                ('protocol', models.PositiveIntegerField(default=0)),
+                ("uuid", models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
+                ("created", models.DateTimeField(auto_now_add=True)),
+                (
+                    "name",
+                    models.CharField(
+                        max_length=63,
+                        unique=True,
+                        validators=[
+                            django.core.validators.RegexValidator(
+                                "\\A[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\\Z",
+                                "letters a to z, digits and hyphens, 63 at most, not a hyphen at an end",
+                            )
+                        ],
+                    ),
+                ),
+                ("last_seen", models.DateTimeField(blank=True, null=True)),
+                ("draining", models.BooleanField(default=False)),
+                ("revoked", models.BooleanField(default=False)),
+                ("vcpus", models.PositiveIntegerField(default=0)),
+                ("memory_bytes", models.PositiveBigIntegerField(default=0)),
+                ("disk_bytes", models.PositiveBigIntegerField(default=0)),
+                ("features", models.JSONField(default=dict)),
+                ("boot_id", models.CharField(blank=True, max_length=36)),
+                ("protocol", models.PositiveIntegerField(default=0)),
             ],
             options={
-                'abstract': False,
+                "abstract": False,
             },
         ),
         migrations.CreateModel(
-            name='Instance',
+            name="Instance",
             fields=[
-                ('uuid', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ('created', models.DateTimeField(auto_now_add=True)),
-                ('name', models.CharField(max_length=63, validators=[django.core.validators.RegexValidator('\\A[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\\Z', 'letters a to z, digits and hyphens, 63 at most, not a hyphen at an end')])),
-                ('state', models.CharField(choices=[('new', 'New'), ('on', 'On'), ('off', 'Off'), ('suspended', 'Suspended'), ('failed', 'Failed'), ('deleted', 'Deleted')], default='new', max_length=10)),
-                ('power', models.CharField(choices=[('absent', 'absent'), ('stopped', 'stopped'), ('running', 'running'), ('suspended', 'suspended'), ('crashed', 'crashed'), ('unknown', 'unknown')], default='absent', max_length=10)),
-                ('power_seen', models.DateTimeField(blank=True, null=True)),
-                ('generation', models.PositiveIntegerField(default=1)),
-                ('vcpus', models.PositiveIntegerField(validators=[django.core.validators.MinValueValidator(1), django.core.validators.MaxValueValidator(512)])),
-                ('vcpus_max', models.PositiveIntegerField(validators=[django.core.validators.MinValueValidator(1), django.core.validators.MaxValueValidator(512)])),
-                ('memory_bytes', models.PositiveBigIntegerField()),
-                ('memory_max_bytes', models.PositiveBigIntegerField()),
-                ('disk_bytes', models.PositiveBigIntegerField()),
-                ('priority', models.PositiveSmallIntegerField(default=50, validators=[django.core.validators.MinValueValidator(1), django.core.validators.MaxValueValidator(100)])),
-                ('nest', models.BooleanField(default=False)),
-                ('ssh_keys', models.JSONField(default=list)),
-                ('user_data', models.TextField(blank=True)),
-                ('snapshots', models.JSONField(default=list)),
-                ('promised_vcpus', models.PositiveIntegerField()),
-                ('promised_memory_bytes', models.PositiveBigIntegerField()),
-                ('promised_disk_bytes', models.PositiveBigIntegerField()),
-                ('promised_until', models.DateTimeField(blank=True, null=True)),
-                ('image', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.PROTECT, related_name='instances', to='cloud.image')),
-                ('project', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='instances', to='cloud.project')),
-                ('worker', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.PROTECT, related_name='instances', to='cloud.worker')),
+                ("uuid", models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
+                ("created", models.DateTimeField(auto_now_add=True)),
+                (
+                    "name",
+                    models.CharField(
+                        max_length=63,
+                        validators=[
+                            django.core.validators.RegexValidator(
+                                "\\A[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\\Z",
+                                "letters a to z, digits and hyphens, 63 at most, not a hyphen at an end",
+                            )
+                        ],
+                    ),
+                ),
+                (
+                    "state",
+                    models.CharField(
+                        choices=[
+                            ("new", "New"),
+                            ("on", "On"),
+                            ("off", "Off"),
+                            ("suspended", "Suspended"),
+                            ("failed", "Failed"),
+                            ("deleted", "Deleted"),
+                        ],
+                        default="new",
+                        max_length=10,
+                    ),
+                ),
+                (
+                    "power",
+                    models.CharField(
+                        choices=[
+                            ("absent", "absent"),
+                            ("stopped", "stopped"),
+                            ("running", "running"),
+                            ("suspended", "suspended"),
+                            ("crashed", "crashed"),
+                            ("unknown", "unknown"),
+                        ],
+                        default="absent",
+                        max_length=10,
+                    ),
+                ),
+                ("power_seen", models.DateTimeField(blank=True, null=True)),
+                ("generation", models.PositiveIntegerField(default=1)),
+                (
+                    "vcpus",
+                    models.PositiveIntegerField(
+                        validators=[
+                            django.core.validators.MinValueValidator(1),
+                            django.core.validators.MaxValueValidator(512),
+                        ]
+                    ),
+                ),
+                (
+                    "vcpus_max",
+                    models.PositiveIntegerField(
+                        validators=[
+                            django.core.validators.MinValueValidator(1),
+                            django.core.validators.MaxValueValidator(512),
+                        ]
+                    ),
+                ),
+                ("memory_bytes", models.PositiveBigIntegerField()),
+                ("memory_max_bytes", models.PositiveBigIntegerField()),
+                ("disk_bytes", models.PositiveBigIntegerField()),
+                (
+                    "priority",
+                    models.PositiveSmallIntegerField(
+                        default=50,
+                        validators=[
+                            django.core.validators.MinValueValidator(1),
+                            django.core.validators.MaxValueValidator(100),
+                        ],
+                    ),
+                ),
+                ("nest", models.BooleanField(default=False)),
+                ("ssh_keys", models.JSONField(default=list)),
+                ("user_data", models.TextField(blank=True)),
+                ("snapshots", models.JSONField(default=list)),
+                ("promised_vcpus", models.PositiveIntegerField()),
+                ("promised_memory_bytes", models.PositiveBigIntegerField()),
+                ("promised_disk_bytes", models.PositiveBigIntegerField()),
+                ("promised_until", models.DateTimeField(blank=True, null=True)),
+                (
+                    "image",
+                    models.ForeignKey(
+                        blank=True,
+                        null=True,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="instances",
+                        to="cloud.image",
+                    ),
+                ),
+                (
+                    "project",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.PROTECT, related_name="instances", to="cloud.project"
+                    ),
+                ),
+                (
+                    "worker",
+                    models.ForeignKey(
+                        blank=True,
+                        null=True,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="instances",
+                        to="cloud.worker",
+                    ),
+                ),
             ],
         ),
         migrations.CreateModel(
-            name='Operation',
+            name="Operation",
             fields=[
-                ('uuid', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ('created', models.DateTimeField(auto_now_add=True)),
-                ('kind', models.CharField(choices=[('launch', 'launch'), ('start', 'start'), ('stop', 'stop'), ('reboot', 'reboot'), ('suspend', 'suspend'), ('resume', 'resume'), ('delete', 'delete'), ('rescale', 'rescale'), ('snapshot', 'snapshot'), ('revert', 'revert'), ('snapshot-remove', 'snapshot-remove'), ('clone', 'clone'), ('export', 'export'), ('attach', 'attach'), ('detach', 'detach'), ('volume-allocate', 'volume-allocate'), ('volume-resize', 'volume-resize'), ('volume-snapshot', 'volume-snapshot'), ('volume-remove', 'volume-remove'), ('image-import', 'image-import'), ('image-remove', 'image-remove'), ('network-ensure', 'network-ensure'), ('network-remove', 'network-remove')], max_length=20)),
-                ('phase', models.CharField(choices=[('queued', 'queued'), ('sent', 'sent'), ('running', 'running'), ('succeeded', 'succeeded'), ('failed', 'failed'), ('cancelled', 'cancelled')], default='queued', max_length=10)),
-                ('idempotency_key', models.CharField(blank=True, max_length=64, null=True)),
-                ('request_digest', models.CharField(blank=True, max_length=64)),
-                ('args', models.JSONField(default=dict)),
-                ('generation', models.PositiveIntegerField(default=0)),
-                ('attempt', models.PositiveIntegerField(default=0)),
-                ('lease_until', models.DateTimeField(blank=True, null=True)),
-                ('progress', models.PositiveSmallIntegerField(default=0)),
-                ('message', models.TextField(blank=True)),
-                ('fault', models.CharField(blank=True, choices=[('invalid', 'invalid'), ('not-found', 'not-found'), ('conflict', 'conflict'), ('no-space', 'no-space'), ('not-supported', 'not-supported'), ('restart-needed', 'restart-needed'), ('timed-out', 'timed-out'), ('hypervisor', 'hypervisor'), ('storage', 'storage'), ('internal', 'internal')], max_length=20)),
-                ('facts', models.JSONField(default=dict)),
-                ('started', models.DateTimeField(blank=True, null=True)),
-                ('finished', models.DateTimeField(blank=True, null=True)),
-                ('instance', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.PROTECT, related_name='operations', to='cloud.instance')),
-                ('network', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='operations', to='cloud.network')),
-                ('user', models.ForeignKey(null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='operations', to=settings.AUTH_USER_MODEL)),
-                ('project', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='operations', to='cloud.project')),
-                ('worker', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='operations', to='cloud.worker')),
+                ("uuid", models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
+                ("created", models.DateTimeField(auto_now_add=True)),
+                (
+                    "kind",
+                    models.CharField(
+                        choices=[
+                            ("launch", "launch"),
+                            ("start", "start"),
+                            ("stop", "stop"),
+                            ("reboot", "reboot"),
+                            ("suspend", "suspend"),
+                            ("resume", "resume"),
+                            ("delete", "delete"),
+                            ("rescale", "rescale"),
+                            ("snapshot", "snapshot"),
+                            ("revert", "revert"),
+                            ("snapshot-remove", "snapshot-remove"),
+                            ("clone", "clone"),
+                            ("export", "export"),
+                            ("attach", "attach"),
+                            ("detach", "detach"),
+                            ("volume-allocate", "volume-allocate"),
+                            ("volume-resize", "volume-resize"),
+                            ("volume-snapshot", "volume-snapshot"),
+                            ("volume-remove", "volume-remove"),
+                            ("image-import", "image-import"),
+                            ("image-remove", "image-remove"),
+                            ("network-ensure", "network-ensure"),
+                            ("network-remove", "network-remove"),
+                        ],
+                        max_length=20,
+                    ),
+                ),
+                (
+                    "phase",
+                    models.CharField(
+                        choices=[
+                            ("queued", "queued"),
+                            ("sent", "sent"),
+                            ("running", "running"),
+                            ("succeeded", "succeeded"),
+                            ("failed", "failed"),
+                            ("cancelled", "cancelled"),
+                        ],
+                        default="queued",
+                        max_length=10,
+                    ),
+                ),
+                ("idempotency_key", models.CharField(blank=True, max_length=64, null=True)),
+                ("request_digest", models.CharField(blank=True, max_length=64)),
+                ("args", models.JSONField(default=dict)),
+                ("generation", models.PositiveIntegerField(default=0)),
+                ("attempt", models.PositiveIntegerField(default=0)),
+                ("lease_until", models.DateTimeField(blank=True, null=True)),
+                ("progress", models.PositiveSmallIntegerField(default=0)),
+                ("message", models.TextField(blank=True)),
+                (
+                    "fault",
+                    models.CharField(
+                        blank=True,
+                        choices=[
+                            ("invalid", "invalid"),
+                            ("not-found", "not-found"),
+                            ("conflict", "conflict"),
+                            ("no-space", "no-space"),
+                            ("not-supported", "not-supported"),
+                            ("restart-needed", "restart-needed"),
+                            ("timed-out", "timed-out"),
+                            ("hypervisor", "hypervisor"),
+                            ("storage", "storage"),
+                            ("internal", "internal"),
+                        ],
+                        max_length=20,
+                    ),
+                ),
+                ("facts", models.JSONField(default=dict)),
+                ("started", models.DateTimeField(blank=True, null=True)),
+                ("finished", models.DateTimeField(blank=True, null=True)),
+                (
+                    "instance",
+                    models.ForeignKey(
+                        blank=True,
+                        null=True,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="operations",
+                        to="cloud.instance",
+                    ),
+                ),
+                (
+                    "network",
+                    models.ForeignKey(
+                        blank=True,
+                        null=True,
+                        on_delete=django.db.models.deletion.SET_NULL,
+                        related_name="operations",
+                        to="cloud.network",
+                    ),
+                ),
+                (
+                    "user",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.SET_NULL,
+                        related_name="operations",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
+                (
+                    "project",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.PROTECT, related_name="operations", to="cloud.project"
+                    ),
+                ),
+                (
+                    "worker",
+                    models.ForeignKey(
+                        blank=True,
+                        null=True,
+                        on_delete=django.db.models.deletion.SET_NULL,
+                        related_name="operations",
+                        to="cloud.worker",
+                    ),
+                ),
             ],
             options={
-                'ordering': ['created'],
+                "ordering": ["created"],
             },
         ),
         migrations.AddField(
-            model_name='network',
-            name='project',
-            field=models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.CASCADE, related_name='networks', to='cloud.project'),
+            model_name="network",
+            name="project",
+            field=models.ForeignKey(
+                blank=True,
+                null=True,
+                on_delete=django.db.models.deletion.CASCADE,
+                related_name="networks",
+                to="cloud.project",
+            ),
         ),
         migrations.CreateModel(
-            name='Membership',
+            name="Membership",
             fields=[
-                ('uuid', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ('created', models.DateTimeField(auto_now_add=True)),
-                ('role', models.CharField(choices=[('reader', 'Reader'), ('operator', 'Operator'), ('admin', 'Admin')], default='operator', max_length=10)),
-                ('user', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='memberships', to=settings.AUTH_USER_MODEL)),
-                ('project', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='memberships', to='cloud.project')),
+                ("uuid", models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
+                ("created", models.DateTimeField(auto_now_add=True)),
+                (
+                    "role",
+                    models.CharField(
+                        choices=[("reader", "Reader"), ("operator", "Operator"), ("admin", "Admin")],
+                        default="operator",
+                        max_length=10,
+                    ),
+                ),
+                (
+                    "user",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="memberships",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
+                (
+                    "project",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE, related_name="memberships", to="cloud.project"
+                    ),
+                ),
             ],
         ),
         migrations.AddField(
-            model_name='image',
-            name='project',
-            field=models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.CASCADE, related_name='images', to='cloud.project'),
+            model_name="image",
+            name="project",
+            field=models.ForeignKey(
+                blank=True,
+                null=True,
+                on_delete=django.db.models.deletion.CASCADE,
+                related_name="images",
+                to="cloud.project",
+            ),
         ),
         migrations.CreateModel(
-            name='Event',
+            name="Event",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('at', models.DateTimeField(auto_now_add=True)),
-                ('kind', models.CharField(max_length=40)),
-                ('subject', models.UUIDField(null=True)),
-                ('data', models.JSONField(default=dict)),
-                ('user', models.ForeignKey(null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='events', to=settings.AUTH_USER_MODEL)),
-                ('project', models.ForeignKey(null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='events', to='cloud.project')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("at", models.DateTimeField(auto_now_add=True)),
+                ("kind", models.CharField(max_length=40)),
+                ("subject", models.UUIDField(null=True)),
+                ("data", models.JSONField(default=dict)),
+                (
+                    "user",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.SET_NULL,
+                        related_name="events",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
+                (
+                    "project",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.SET_NULL,
+                        related_name="events",
+                        to="cloud.project",
+                    ),
+                ),
             ],
             options={
-                'ordering': ['id'],
+                "ordering": ["id"],
             },
         ),
         migrations.CreateModel(
-            name='ApiToken',
+            name="ApiToken",
             fields=[
-                ('uuid', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ('created', models.DateTimeField(auto_now_add=True)),
-                ('name', models.CharField(max_length=63)),
-                ('digest', models.CharField(max_length=64, unique=True)),
-                ('read_only', models.BooleanField(default=False)),
-                ('expires', models.DateTimeField(blank=True, null=True)),
-                ('last_used', models.DateTimeField(blank=True, null=True)),
-                ('user', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='api_tokens', to=settings.AUTH_USER_MODEL)),
-                ('project', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.CASCADE, related_name='api_tokens', to='cloud.project')),
+                ("uuid", models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
+                ("created", models.DateTimeField(auto_now_add=True)),
+                ("name", models.CharField(max_length=63)),
+                ("digest", models.CharField(max_length=64, unique=True)),
+                ("read_only", models.BooleanField(default=False)),
+                ("expires", models.DateTimeField(blank=True, null=True)),
+                ("last_used", models.DateTimeField(blank=True, null=True)),
+                (
+                    "user",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="api_tokens",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
+                (
+                    "project",
+                    models.ForeignKey(
+                        blank=True,
+                        null=True,
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="api_tokens",
+                        to="cloud.project",
+                    ),
+                ),
             ],
             options={
-                'abstract': False,
+                "abstract": False,
             },
         ),
         migrations.CreateModel(
-            name='Schedule',
+            name="Schedule",
             fields=[
-                ('uuid', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ('created', models.DateTimeField(auto_now_add=True)),
-                ('name', models.CharField(max_length=63, validators=[django.core.validators.RegexValidator('\\A[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\\Z', 'letters a to z, digits and hyphens, 63 at most, not a hyphen at an end')])),
-                ('kind', models.CharField(choices=[('launch', 'launch'), ('start', 'start'), ('stop', 'stop'), ('reboot', 'reboot'), ('suspend', 'suspend'), ('resume', 'resume'), ('delete', 'delete'), ('rescale', 'rescale'), ('snapshot', 'snapshot'), ('revert', 'revert'), ('snapshot-remove', 'snapshot-remove'), ('clone', 'clone'), ('export', 'export'), ('attach', 'attach'), ('detach', 'detach'), ('volume-allocate', 'volume-allocate'), ('volume-resize', 'volume-resize'), ('volume-snapshot', 'volume-snapshot'), ('volume-remove', 'volume-remove'), ('image-import', 'image-import'), ('image-remove', 'image-remove'), ('network-ensure', 'network-ensure'), ('network-remove', 'network-remove')], max_length=20)),
-                ('args', models.JSONField(default=dict)),
-                ('begins', models.DateTimeField()),
-                ('rule', models.CharField(blank=True, max_length=200)),
-                ('zone', models.CharField(default='UTC', max_length=64)),
-                ('window_seconds', models.PositiveIntegerField(blank=True, null=True)),
-                ('grace_seconds', models.PositiveIntegerField(default=600)),
-                ('paused', models.BooleanField(default=False)),
-                ('pinned', models.BooleanField(default=False)),
-                ('next_at', models.DateTimeField(blank=True, null=True)),
-                ('next_is_end', models.BooleanField(default=False)),
-                ('retry_at', models.DateTimeField(blank=True, null=True)),
-                ('instance', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.CASCADE, related_name='schedules', to='cloud.instance')),
-                ('project', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='schedules', to='cloud.project')),
-                ('user', models.ForeignKey(null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='schedules', to=settings.AUTH_USER_MODEL)),
+                ("uuid", models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
+                ("created", models.DateTimeField(auto_now_add=True)),
+                (
+                    "name",
+                    models.CharField(
+                        max_length=63,
+                        validators=[
+                            django.core.validators.RegexValidator(
+                                "\\A[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\\Z",
+                                "letters a to z, digits and hyphens, 63 at most, not a hyphen at an end",
+                            )
+                        ],
+                    ),
+                ),
+                (
+                    "kind",
+                    models.CharField(
+                        choices=[
+                            ("launch", "launch"),
+                            ("start", "start"),
+                            ("stop", "stop"),
+                            ("reboot", "reboot"),
+                            ("suspend", "suspend"),
+                            ("resume", "resume"),
+                            ("delete", "delete"),
+                            ("rescale", "rescale"),
+                            ("snapshot", "snapshot"),
+                            ("revert", "revert"),
+                            ("snapshot-remove", "snapshot-remove"),
+                            ("clone", "clone"),
+                            ("export", "export"),
+                            ("attach", "attach"),
+                            ("detach", "detach"),
+                            ("volume-allocate", "volume-allocate"),
+                            ("volume-resize", "volume-resize"),
+                            ("volume-snapshot", "volume-snapshot"),
+                            ("volume-remove", "volume-remove"),
+                            ("image-import", "image-import"),
+                            ("image-remove", "image-remove"),
+                            ("network-ensure", "network-ensure"),
+                            ("network-remove", "network-remove"),
+                        ],
+                        max_length=20,
+                    ),
+                ),
+                ("args", models.JSONField(default=dict)),
+                ("begins", models.DateTimeField()),
+                ("rule", models.CharField(blank=True, max_length=200)),
+                ("zone", models.CharField(default="UTC", max_length=64)),
+                ("window_seconds", models.PositiveIntegerField(blank=True, null=True)),
+                ("grace_seconds", models.PositiveIntegerField(default=600)),
+                ("paused", models.BooleanField(default=False)),
+                ("pinned", models.BooleanField(default=False)),
+                ("next_at", models.DateTimeField(blank=True, null=True)),
+                ("next_is_end", models.BooleanField(default=False)),
+                ("retry_at", models.DateTimeField(blank=True, null=True)),
+                (
+                    "instance",
+                    models.ForeignKey(
+                        blank=True,
+                        null=True,
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="schedules",
+                        to="cloud.instance",
+                    ),
+                ),
+                (
+                    "project",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE, related_name="schedules", to="cloud.project"
+                    ),
+                ),
+                (
+                    "user",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.SET_NULL,
+                        related_name="schedules",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
             ],
         ),
         migrations.CreateModel(
-            name='Firing',
+            name="Firing",
             fields=[
-                ('uuid', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ('created', models.DateTimeField(auto_now_add=True)),
-                ('at', models.DateTimeField()),
-                ('is_end', models.BooleanField(default=False)),
-                ('outcome', models.CharField(choices=[('asked', 'Asked'), ('not-needed', 'Not Needed'), ('refused', 'Refused'), ('missed', 'Missed')], max_length=10)),
-                ('message', models.TextField(blank=True)),
-                ('left_out', models.PositiveIntegerField(default=0)),
-                ('operation', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='firings', to='cloud.operation')),
-                ('schedule', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='firings', to='cloud.schedule')),
+                ("uuid", models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
+                ("created", models.DateTimeField(auto_now_add=True)),
+                ("at", models.DateTimeField()),
+                ("is_end", models.BooleanField(default=False)),
+                (
+                    "outcome",
+                    models.CharField(
+                        choices=[
+                            ("asked", "Asked"),
+                            ("not-needed", "Not Needed"),
+                            ("refused", "Refused"),
+                            ("missed", "Missed"),
+                        ],
+                        max_length=10,
+                    ),
+                ),
+                ("message", models.TextField(blank=True)),
+                ("left_out", models.PositiveIntegerField(default=0)),
+                (
+                    "operation",
+                    models.ForeignKey(
+                        blank=True,
+                        null=True,
+                        on_delete=django.db.models.deletion.SET_NULL,
+                        related_name="firings",
+                        to="cloud.operation",
+                    ),
+                ),
+                (
+                    "schedule",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE, related_name="firings", to="cloud.schedule"
+                    ),
+                ),
             ],
             options={
-                'ordering': ['-at', 'is_end'],
+                "ordering": ["-at", "is_end"],
             },
         ),
         migrations.CreateModel(
-            name='Reservation',
+            name="Reservation",
             fields=[
-                ('uuid', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ('created', models.DateTimeField(auto_now_add=True)),
-                ('begins', models.DateTimeField()),
-                ('ends', models.DateTimeField(blank=True, null=True)),
-                ('instances', models.PositiveSmallIntegerField(default=1)),
-                ('vcpus', models.PositiveIntegerField()),
-                ('memory_bytes', models.PositiveBigIntegerField()),
-                ('disk_bytes', models.PositiveBigIntegerField()),
-                ('project', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='reservations', to='cloud.project')),
-                ('user', models.ForeignKey(null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='reservations', to=settings.AUTH_USER_MODEL)),
-                ('schedule', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.CASCADE, related_name='reservations', to='cloud.schedule')),
-                ('worker', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='reservations', to='cloud.worker')),
+                ("uuid", models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
+                ("created", models.DateTimeField(auto_now_add=True)),
+                ("begins", models.DateTimeField()),
+                ("ends", models.DateTimeField(blank=True, null=True)),
+                ("instances", models.PositiveSmallIntegerField(default=1)),
+                ("vcpus", models.PositiveIntegerField()),
+                ("memory_bytes", models.PositiveBigIntegerField()),
+                ("disk_bytes", models.PositiveBigIntegerField()),
+                (
+                    "project",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE, related_name="reservations", to="cloud.project"
+                    ),
+                ),
+                (
+                    "user",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.SET_NULL,
+                        related_name="reservations",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
+                (
+                    "schedule",
+                    models.ForeignKey(
+                        blank=True,
+                        null=True,
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="reservations",
+                        to="cloud.schedule",
+                    ),
+                ),
+                (
+                    "worker",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE, related_name="reservations", to="cloud.worker"
+                    ),
+                ),
             ],
             options={
-                'ordering': ['begins'],
+                "ordering": ["begins"],
             },
         ),
         migrations.CreateModel(
-            name='Nic',
+            name="Nic",
             fields=[
-                ('uuid', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ('created', models.DateTimeField(auto_now_add=True)),
-                ('position', models.PositiveSmallIntegerField()),
-                ('mac', models.CharField(max_length=17, unique=True)),
-                ('bandwidth_kib', models.PositiveIntegerField(default=0)),
-                ('instance', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='nics', to='cloud.instance')),
-                ('network', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='nics', to='cloud.network')),
+                ("uuid", models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
+                ("created", models.DateTimeField(auto_now_add=True)),
+                ("position", models.PositiveSmallIntegerField()),
+                ("mac", models.CharField(max_length=17, unique=True)),
+                ("bandwidth_kib", models.PositiveIntegerField(default=0)),
+                (
+                    "instance",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE, related_name="nics", to="cloud.instance"
+                    ),
+                ),
+                (
+                    "network",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.PROTECT, related_name="nics", to="cloud.network"
+                    ),
+                ),
             ],
             options={
-                'ordering': ['position'],
-                'constraints': [models.UniqueConstraint(fields=('instance', 'position'), name='one_nic_a_position')],
+                "ordering": ["position"],
+                "constraints": [models.UniqueConstraint(fields=("instance", "position"), name="one_nic_a_position")],
             },
         ),
         migrations.AddConstraint(
-            model_name='network',
-            constraint=models.UniqueConstraint(fields=('project', 'name'), name='one_network_of_a_name'),
+            model_name="network",
+            constraint=models.UniqueConstraint(fields=("project", "name"), name="one_network_of_a_name"),
         ),
         migrations.AddConstraint(
-            model_name='network',
-            constraint=models.UniqueConstraint(condition=models.Q(('cidr', ''), _negated=True), fields=('cidr',), name='one_network_of_a_subnet'),
+            model_name="network",
+            constraint=models.UniqueConstraint(
+                condition=models.Q(("cidr", ""), _negated=True), fields=("cidr",), name="one_network_of_a_subnet"
+            ),
         ),
         migrations.AddConstraint(
-            model_name='membership',
-            constraint=models.UniqueConstraint(fields=('project', 'user'), name='one_membership'),
+            model_name="membership",
+            constraint=models.UniqueConstraint(fields=("project", "user"), name="one_membership"),
         ),
         migrations.AddConstraint(
-            model_name='image',
-            constraint=models.UniqueConstraint(fields=('project', 'name'), name='one_image_of_a_name'),
+            model_name="image",
+            constraint=models.UniqueConstraint(fields=("project", "name"), name="one_image_of_a_name"),
         ),
         migrations.AddConstraint(
-            model_name='image',
-            constraint=models.UniqueConstraint(condition=models.Q(('project', None)), fields=('name',), name='one_public_image_of_a_name'),
+            model_name="image",
+            constraint=models.UniqueConstraint(
+                condition=models.Q(("project", None)), fields=("name",), name="one_public_image_of_a_name"
+            ),
         ),
         migrations.AddIndex(
-            model_name='schedule',
-            index=models.Index(fields=['paused', 'next_at'], name='cloud_sched_paused_e8c3b1_idx'),
+            model_name="schedule",
+            index=models.Index(fields=["paused", "next_at"], name="cloud_sched_paused_e8c3b1_idx"),
         ),
         migrations.AddConstraint(
-            model_name='schedule',
-            constraint=models.UniqueConstraint(fields=('project', 'name'), name='one_schedule_of_a_name'),
+            model_name="schedule",
+            constraint=models.UniqueConstraint(fields=("project", "name"), name="one_schedule_of_a_name"),
         ),
         migrations.AddConstraint(
-            model_name='firing',
-            constraint=models.UniqueConstraint(fields=('schedule', 'at', 'is_end'), name='fired_once'),
+            model_name="firing",
+            constraint=models.UniqueConstraint(fields=("schedule", "at", "is_end"), name="fired_once"),
         ),
         migrations.AddIndex(
-            model_name='reservation',
-            index=models.Index(fields=['worker', 'ends'], name='cloud_reser_worker__8a83c9_idx'),
+            model_name="reservation",
+            index=models.Index(fields=["worker", "ends"], name="cloud_reser_worker__8a83c9_idx"),
         ),
         migrations.AddIndex(
-            model_name='reservation',
-            index=models.Index(fields=['project', 'ends'], name='cloud_reser_project_4289e6_idx'),
+            model_name="reservation",
+            index=models.Index(fields=["project", "ends"], name="cloud_reser_project_4289e6_idx"),
         ),
         migrations.AddConstraint(
-            model_name='reservation',
-            constraint=models.UniqueConstraint(fields=('schedule', 'begins'), name='one_reservation_an_occurrence'),
+            model_name="reservation",
+            constraint=models.UniqueConstraint(fields=("schedule", "begins"), name="one_reservation_an_occurrence"),
         ),
         migrations.AddConstraint(
-            model_name='reservation',
-            constraint=models.CheckConstraint(condition=models.Q(('ends', None), ('ends__gt', models.F('begins')), _connector='OR'), name='reservation_ends_later'),
+            model_name="reservation",
+            constraint=models.CheckConstraint(
+                condition=models.Q(("ends", None), ("ends__gt", models.F("begins")), _connector="OR"),
+                name="reservation_ends_later",
+            ),
         ),
         migrations.AddIndex(
-            model_name='operation',
-            index=models.Index(fields=['phase', 'lease_until'], name='cloud_opera_phase_776705_idx'),
+            model_name="operation",
+            index=models.Index(fields=["phase", "lease_until"], name="cloud_opera_phase_776705_idx"),
         ),
         migrations.AddConstraint(
-            model_name='operation',
-            constraint=models.UniqueConstraint(condition=models.Q(('phase__in', ['queued', 'sent', 'running'])), fields=('instance',), name='one_active_operation_an_instance'),
+            model_name="operation",
+            constraint=models.UniqueConstraint(
+                condition=models.Q(("phase__in", ["queued", "sent", "running"])),
+                fields=("instance",),
+                name="one_active_operation_an_instance",
+            ),
         ),
         migrations.AddConstraint(
-            model_name='operation',
-            constraint=models.UniqueConstraint(fields=('project', 'idempotency_key'), name='one_operation_a_key'),
+            model_name="operation",
+            constraint=models.UniqueConstraint(fields=("project", "idempotency_key"), name="one_operation_a_key"),
         ),
         migrations.AddConstraint(
-            model_name='instance',
-            constraint=models.UniqueConstraint(condition=models.Q(('state', 'deleted'), _negated=True), fields=('project', 'name'), name='one_instance_of_a_name'),
+            model_name="instance",
+            constraint=models.UniqueConstraint(
+                condition=models.Q(("state", "deleted"), _negated=True),
+                fields=("project", "name"),
+                name="one_instance_of_a_name",
+            ),
         ),
         migrations.AddConstraint(
-            model_name='instance',
-            constraint=models.CheckConstraint(condition=models.Q(('vcpus__lte', models.F('vcpus_max'))), name='vcpus_bound'),
+            model_name="instance",
+            constraint=models.CheckConstraint(
+                condition=models.Q(("vcpus__lte", models.F("vcpus_max"))), name="vcpus_bound"
+            ),
         ),
         migrations.AddConstraint(
-            model_name='instance',
-            constraint=models.CheckConstraint(condition=models.Q(('memory_bytes__lte', models.F('memory_max_bytes'))), name='memory_bound'),
+            model_name="instance",
+            constraint=models.CheckConstraint(
+                condition=models.Q(("memory_bytes__lte", models.F("memory_max_bytes"))), name="memory_bound"
+            ),
         ),
     ]
