@@ -12,6 +12,7 @@ import click
 from recvirt import __version__
 from recvirt.nestedcloud.client.api import VARIABLE, ApiError
 from recvirt.nestedcloud.client.commands import COMMANDS
+from recvirt.nestedcloud.client.more import MORE
 
 #: Exit statuses, one a class of error.
 STATUS_USAGE, STATUS_REFUSED, STATUS_UNREACHABLE, STATUS_CONFIG = 2, 3, 4, 5
@@ -32,7 +33,7 @@ def main_group(project: str | None) -> None:
     """
 
 
-for _command in COMMANDS:
+for _command in (*COMMANDS, *MORE):
     main_group.add_command(_command)
 
 
@@ -132,6 +133,16 @@ def consume() -> None:
     from recvirt.nestedcloud.central import config, consumer
 
     consumer.run(config.load())
+
+
+@central.command()
+@click.argument("name")
+def administrator(name: str) -> None:
+    """Make an administrator, and print a token for them: whoever has this machine has the cloud."""
+    _setup()
+    from recvirt.nestedcloud.central.people import make_administrator
+
+    click.echo(make_administrator(name))
 
 
 @main_group.group()

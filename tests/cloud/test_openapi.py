@@ -102,7 +102,7 @@ def test_a_stranger_gets_nothing_from_any_endpoint(cloud: Cloud, endpoint: Endpo
     launched(cloud)
     stranger = client_of(make_user("eve", Project.objects.create(name="other")))
     answer = ask(stranger, endpoint)
-    if endpoint in BELOW or endpoint.path == "/api/v1/projects/{name}" and endpoint.method == "get":
+    if endpoint in BELOW or (endpoint.path == "/api/v1/projects/{name}" and endpoint.method == "get"):
         assert answer.status_code == 404
     elif endpoint.path in EVERYBODY and endpoint.method == "get":
         assert answer.status_code in (200, 404)

@@ -9,7 +9,7 @@ import pytest
 from django.utils import timezone
 from rest_framework.exceptions import ValidationError
 
-from recvirt.nestedcloud.central import dispatcher, operations, reservations, schedules
+from recvirt.nestedcloud.central import audit, dispatcher, operations, reservations, schedules
 from recvirt.nestedcloud.central.admission import Need
 from recvirt.nestedcloud.central.models import (
     Event,
@@ -35,7 +35,7 @@ def soon(**delta: float) -> datetime:
 
 
 def schedule(cloud: Cloud, kind: Kind, instance: Instance | None = None, **changes: Any) -> Schedule:
-    values = {
+    values: dict[str, Any] = {
         "name": f"s-{kind}", "kind": kind, "instance": instance, "args": {}, "begins": soon(), "ends": None, "rule": "",
         "zone": "UTC", "grace_seconds": 600,
     }  # fmt: skip
@@ -81,7 +81,7 @@ def test_a_dispatcher_killed_before_the_commit_has_done_nothing(cloud: Cloud, mo
 
     assert row.next_at is not None
     with monkeypatch.context() as patch:
-        patch.setattr(schedules.audit, "note", die)
+        patch.setattr(audit, "note", die)
         with pytest.raises(Killed):
             schedules.fire(row.next_at)
     assert not Firing.objects.exists() and not Operation.objects.filter(finished=None).exists()

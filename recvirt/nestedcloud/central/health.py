@@ -72,9 +72,8 @@ def status() -> dict[str, Any]:
         if worker in usable:
             whole, used = admission.capacity_of(worker), admission.promised(worker, admission.NOW_ON)
             capacity.update({"vcpus": whole.vcpus, "memory_bytes": whole.memory_bytes})
-            free.update({
-                "vcpus": max(0, whole.vcpus - used.vcpus), "memory_bytes": max(0, whole.memory_bytes - used.memory_bytes),
-            })  # fmt: skip
+            free["vcpus"] += max(0, whole.vcpus - used.vcpus)
+            free["memory_bytes"] += max(0, whole.memory_bytes - used.memory_bytes)
     pulse = Pulse.objects.filter(name=DISPATCHER).first()
     parts = {
         "database": "",
@@ -146,6 +145,10 @@ def _family(name: str, kind: str, text: str, samples: Iterable[tuple[Mapping[str
     return lines
 
 
+def _labelled(label: str, values: Mapping[str, float]) -> list[tuple[Mapping[str, str], float]]:
+    return [({label: name}, value) for name, value in values.items()]
+
+
 def metrics() -> str:
     """Prometheus' text format, version 0.0.4."""
     now, found = timezone.now(), status()
@@ -167,7 +170,7 @@ def metrics() -> str:
         ("recvirt_schedule_late_seconds", "How late the latest schedule is.",
          [({}, (now - late).total_seconds() if late else 0.0)]),
         *((f"recvirt_{name}", f"Capacity of the workers that are up: {name}.",
-           [({"part": part}, value) for part, value in values.items()]) for name, values in found["capacity"].items()),
+           _labelled("part", values)) for name, values in found["capacity"].items()),
     ]  # fmt: skip
     lines = [line for name, text, samples in gauges for line in _family(name, "gauge", text, samples)]
     ended = _by(Operation.objects.exclude(phase__in=ACTIVE_PHASES), "phase")

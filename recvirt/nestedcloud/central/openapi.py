@@ -97,11 +97,10 @@ def field_schema(field: Any) -> dict[str, Any]:
                        ("max_length", "maxLength")):  # fmt: skip
         value = getattr(field, name, None)
         if value is not None:
-            if isinstance(field, serializers.ListField):
-                word = {"minLength": "minItems", "maxLength": "maxItems"}.get(word, word)
-            schema[word] = value
-    default = getattr(field, "default", serializers.empty)
-    if isinstance(default, (bool, int, str)) and not isinstance(default, type):
+            is_list = isinstance(field, serializers.ListField)
+            schema[word.replace("Length", "Items") if is_list else word] = value
+    default: Any = getattr(field, "default", serializers.empty)
+    if isinstance(default, (bool, int, str)):
         schema["default"] = default
     elif default in (list, dict):
         schema["default"] = default()

@@ -188,7 +188,8 @@ def _fire_one(now: datetime) -> Schedule | None:
         plan = plan_of(schedule)
         edge, left_out = plan.last_due(Edge(schedule.next_at, not schedule.next_is_end), now)
         until = _deadline(schedule, plan, edge)
-        outcome, message, operation = Outcome.MISSED, f"its time was over at {until:%Y-%m-%d %H:%M:%S} UTC", None
+        outcome: Outcome | None = Outcome.MISSED
+        message, operation = f"its time was over at {until:%Y-%m-%d %H:%M:%S} UTC", None
         if now <= until:
             outcome, message, operation = _try(schedule, edge)
             if outcome is None:

@@ -1,38 +1,47 @@
 """Events as they happen: server-sent events (WHATWG HTML, 9.2), resumed by ``Last-Event-ID``.
 
 A client costs one coroutine, and no thread and no database connection while nothing happens: one watcher a process
-looks for new events and wakes the clients. Needs an ASGI server.
+looks for new events and wakes the clients. It is an ASGI application of its own beside Django's, whose handler keeps a
+thread for each request until its answer has ended.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from asgiref.sync import sync_to_async
 from django.db import connections
-from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
+from django.http import HttpRequest, HttpResponse, JsonResponse
 from rest_framework.exceptions import APIException
 
 from recvirt.nestedcloud.central.auth import role_in, token_of
 from recvirt.nestedcloud.central.models import ApiToken, Event, Project
 from recvirt.nestedcloud.central.problems import MEDIA_TYPE
 from recvirt.nestedcloud.central.serializers import EventSerializer
+from recvirt.nestedcloud.model import NAME
 
 CLIENTS_MAX = 500
 #: A comment that keeps proxies from closing the connection, and finds out that the client has.
 _KEEP_ALIVE_SECONDS = 15.0
 #: Then the client comes again: a token that was revoked meanwhile ends, and so does a client that has gone unnoticed.
-_STREAM_SECONDS = 300.0
+STREAM_SECONDS = 300.0
 _LOOK_SECONDS = 0.5
-#: An id that is missing belongs to a transaction that has not ended, or to one that was undone; so long it is waited for.
+#: A missing id belongs to a transaction that has not ended, or to one that was undone: it is waited for so long.
 _GAP_SECONDS = 2.0
 _BATCH = 200
 
+_PATH = re.compile(rf"/api/v1/projects/({NAME.pattern})/events/stream")
+
 T = TypeVar("T")
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 async def _query(function: Callable[..., T], *args: Any) -> T:
@@ -42,7 +51,6 @@ async def _query(function: Callable[..., T], *args: Any) -> T:
         try:
             return function(*args)
         finally:
-            # A test's connection in memory or in a transaction is another thread's.
             connections.close_all()
 
     result: T = await sync_to_async(run, thread_sensitive=False)()
@@ -125,16 +133,12 @@ class _Feed:
             await asyncio.sleep(_LOOK_SECONDS)
 
 
-_feeds: dict[int, _Feed] = {}
+_feeds: WeakKeyDictionary[asyncio.AbstractEventLoop, _Feed] = WeakKeyDictionary()
 
 
 def _feed() -> _Feed:
     """The running loop's own."""
-    key = id(asyncio.get_running_loop())
-    if key not in _feeds:
-        _feeds.clear()
-        _feeds[key] = _Feed()
-    return _feeds[key]
+    return _feeds.setdefault(asyncio.get_running_loop(), _Feed())
 
 
 def _admit(header: bytes, address: str, name: str) -> Project | None:
@@ -151,56 +155,103 @@ def _events(project: Project, after: int, until: int) -> list[dict[str, Any]]:
     return [dict(EventSerializer(row).data) for row in rows]
 
 
-def _problem(status: int, kind: str, title: str) -> HttpResponse:
-    answer = JsonResponse({"status": status, "type": kind, "title": title}, status=status, content_type=MEDIA_TYPE)
-    if status == 401:
-        answer["WWW-Authenticate"] = "Bearer"
-    return answer
+class _RefusedError(Exception):
+    def __init__(self, status: int, kind: str, title: str) -> None:
+        super().__init__(title)
+        self.status, self.kind, self.title = status, kind, title
 
 
-async def stream(request: HttpRequest, project: str) -> HttpResponse | StreamingHttpResponse:
-    """The project's events from now on, or after ``Last-Event-ID``."""
-    if request.method != "GET":
-        return _problem(405, "method_not_allowed", "only GET")
-    header = request.headers.get("Authorization", "").encode("latin-1", "replace")
-    if not header:
-        return _problem(401, "not_authenticated", "Authentication credentials were not provided.")
+async def _check(scope: Scope, name: str) -> tuple[Project, int | None]:
+    """The project, and the event to go on from."""
+    if scope["method"] != "GET":
+        raise _RefusedError(405, "method_not_allowed", "only GET")
+    headers = {bytes(key).lower(): bytes(value) for key, value in scope["headers"]}
+    header, last = headers.get(b"authorization"), headers.get(b"last-event-id", b"").decode("latin-1")
+    if header is None:
+        raise _RefusedError(401, "not_authenticated", "Authentication credentials were not provided.")
+    address = scope["client"][0] if scope.get("client") else ""
     try:
-        found = await _query(_admit, header, request.META.get("REMOTE_ADDR", ""), project)
+        project = await _query(_admit, header, address, name)
     except APIException as error:
-        return _problem(error.status_code, str(error.get_codes()), str(error.detail))
-    if found is None:
-        return _problem(404, "not_found", "there is no such project")
-    last = request.headers.get("Last-Event-ID", "")
-    if last and not (last.isdecimal() and len(last) < 19):
-        return _problem(400, "invalid", "Last-Event-ID is the id of an event")
-    if _feed().clients >= CLIENTS_MAX:
-        return _problem(503, "too-many-clients", "too many clients listen already; try again later")
-    answer = StreamingHttpResponse(_follow(found, int(last) if last else None), content_type="text/event-stream")
-    answer["Cache-Control"] = "no-store"
-    answer["X-Accel-Buffering"] = "no"
-    return answer
+        raise _RefusedError(error.status_code, str(error.get_codes()), str(error.detail)) from None
+    if project is None:
+        raise _RefusedError(404, "not_found", "there is no such project")
+    if last and not (last.isdecimal() and last.isascii() and len(last) < 19):
+        raise _RefusedError(400, "invalid", "Last-Event-ID is the id of an event")
+    return project, int(last) if last else None
 
 
-async def _follow(project: Project, last: int | None) -> AsyncIterator[str]:
-    feed = _feed()
-    await feed.join()
+async def serve(scope: Scope, receive: Receive, send: Send, name: str) -> None:
+    """Answer one request for the events of the project ``name``."""
     try:
-        assert feed.watcher is not None
-        after = last if last is not None else feed.watcher.settled
-        deadline = time.monotonic() + _STREAM_SECONDS
-        yield "retry: 1000\n\n"
-        while time.monotonic() < deadline:
-            watcher = feed.watcher
-            if after < watcher.settled:
-                until = watcher.settled
-                events = await _query(_events, project, after, until)
-                for event in events:
-                    yield f"id: {event['id']}\nevent: {event['kind']}\ndata: {json.dumps(event, default=str)}\n\n"
-                after = until if len(events) < _BATCH else events[-1]["id"]
-                continue
-            await feed.news(min(_KEEP_ALIVE_SECONDS, max(0.1, deadline - time.monotonic())))
-            if after >= watcher.settled:
-                yield ": nothing new\n\n"
+        project, last = await _check(scope, name)
+        feed = _feed()
+        if feed.clients >= CLIENTS_MAX:
+            raise _RefusedError(503, "too-many-clients", "too many clients listen already; try again later")
+        await feed.join()
+    except _RefusedError as refusal:
+        await _refuse(send, refusal)
+        return
+    try:
+        await _start(send, 200, "text/event-stream", [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")])
+        following = asyncio.create_task(_follow(feed, project, last, send))
+        leaving = asyncio.create_task(_left(receive))
+        done, waiting = await asyncio.wait({following, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        if following in done and following.exception() is None:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
     finally:
         feed.leave()
+
+
+async def _start(send: Send, status: int, media: str, more: list[tuple[bytes, bytes]]) -> None:
+    headers = [(b"content-type", media.encode()), (b"x-content-type-options", b"nosniff"), *more]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+async def _refuse(send: Send, refusal: _RefusedError) -> None:
+    more = [(b"www-authenticate", b"Bearer")] if refusal.status == 401 else []
+    body = json.dumps({"status": refusal.status, "type": refusal.kind, "title": refusal.title}).encode()
+    await _start(send, refusal.status, MEDIA_TYPE, more)
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _follow(feed: _Feed, project: Project, last: int | None, send: Send) -> None:
+    async def say(text: str) -> None:
+        await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+
+    watcher = feed.watcher
+    assert watcher is not None
+    after = last if last is not None else watcher.settled
+    deadline = time.monotonic() + STREAM_SECONDS
+    await say("retry: 1000\n\n")
+    while time.monotonic() < deadline:
+        if after < watcher.settled:
+            until = watcher.settled
+            events = await _query(_events, project, after, until)
+            for event in events:
+                await say(f"id: {event['id']}\nevent: {event['kind']}\ndata: {json.dumps(event, default=str)}\n\n")
+            after = until if len(events) < _BATCH else events[-1]["id"]
+            continue
+        await feed.news(min(_KEEP_ALIVE_SECONDS, max(0.1, deadline - time.monotonic())))
+        if after >= watcher.settled:
+            await say(": nothing new\n\n")
+
+
+def project_of(path: str) -> str | None:
+    """The project whose stream is at a path."""
+    found = _PATH.fullmatch(path)
+    return found[1] if found else None
+
+
+def stream(_request: HttpRequest, **_: str) -> HttpResponse:
+    """Follow the project's events, from now on or after the one that the header Last-Event-ID names."""
+    title = "the event stream wants the ASGI application of recvirt.nestedcloud.central.asgi"
+    return JsonResponse({"status": 501, "type": "no-asgi", "title": title}, status=501, content_type=MEDIA_TYPE)

@@ -84,7 +84,9 @@ class NewScheduleSerializer(_Timed):
 class ScheduleSerializer(serializers.ModelSerializer[Schedule]):
     """A schedule, and when it is due next."""
 
-    instance = serializers.CharField(source="instance.name", read_only=True, default=None)
+    instance = serializers.CharField(  # type: ignore[assignment]
+        source="instance.name", read_only=True, default=None
+    )
     user = serializers.CharField(source="user.username", read_only=True, default=None)
 
     class Meta:

@@ -77,11 +77,13 @@ def _follow(operation: Mapping[str, Any], wait: bool, timeout: float, as_json: b
               help="A file with public keys.")  # fmt: skip
 @click.option("--user-data", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="For cloud-init.")
 @click.option("--nest", is_flag=True, help="Let it run VMs of its own.")
+@click.option("--reservation", metavar="UUID", help="Use this reservation's room, and be deleted when it ends.")
 @_wait
 @_timeout
 @_json
 def launch(name: str, image: str, keys: tuple[Path, ...], user_data: Path | None, networks: tuple[str, ...],
-           nest: bool, wait: bool, timeout: float, as_json: bool, **sizes: int | None) -> None:  # fmt: skip
+           nest: bool, reservation: str | None,
+           wait: bool, timeout: float, as_json: bool, **sizes: int | None) -> None:  # fmt: skip
     """Launch an instance.
 
     \b
@@ -96,6 +98,8 @@ def launch(name: str, image: str, keys: tuple[Path, ...], user_data: Path | None
         body["ssh_keys"] = [line for line in lines if line and not line.startswith("#")]
     if user_data is not None:
         body["user_data"] = user_data.read_text()
+    if reservation is not None:
+        body["reservation"] = reservation
     if networks:
         body["networks"] = list(networks)
     _follow(api().call("POST", api().below("instances"), body), wait, timeout, as_json)
