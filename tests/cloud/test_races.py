@@ -79,9 +79,7 @@ def test_a_quota_is_not_passed_by_two_at_once(cloud: Cloud) -> None:
     cloud.project.refresh_from_db()
     names = [f"i{number}" for number in range(THREADS)]
     bodies = [wish(cloud, name=name) for name in names]
-    found = together(
-        *(lambda body=body: operations.launch(cloud.project, cloud.user, body) for body in bodies)  # type: ignore[misc]
-    )
+    found = together(*(lambda body=body: operations.launch(cloud.project, cloud.user, body) for body in bodies))
     assert kinds(found) == {"done": 1, "quota-exceeded": THREADS - 1}
 
 
@@ -102,10 +100,7 @@ def test_room_is_reserved_once(cloud: Cloud) -> None:
     need = Need(1, 1, 8 * GIB, GIB)
     projects = [Project.objects.create(name=f"p{number}") for number in range(THREADS)]
     found = together(
-        *(
-            lambda project=project: reservations.reserve(project, cloud.user, begins, None, need)  # type: ignore[misc]
-            for project in projects
-        )
+        *(lambda project=project: reservations.reserve(project, cloud.user, begins, None, need) for project in projects)
     )
     assert kinds(found) == {"done": 1, "no-capacity": THREADS - 1} and Reservation.objects.count() == 1
 

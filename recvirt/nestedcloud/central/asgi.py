@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from django.core.asgi import get_asgi_application
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "recvirt.nestedcloud.central.settings")
-django_application = get_asgi_application()
+django_application: Any = get_asgi_application()
 
 from recvirt.nestedcloud.central import stream  # noqa: E402
 

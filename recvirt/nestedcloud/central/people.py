@@ -303,7 +303,8 @@ class Tokens(mixins.ListModelMixin, viewsets.GenericViewSet[ApiToken]):
     def get_queryset(self) -> QuerySet[ApiToken]:
         """Those that one may revoke."""
         rows = ApiToken.objects.select_related("user", "project").order_by("user__username", "created")
-        return rows if is_administrator(self.request) else rows.filter(user=self.request.user)
+        user: Any = self.request.user
+        return rows if is_administrator(self.request) else rows.filter(user=user)
 
     def create(self, request: Request, **kwargs: Any) -> Response:
         """Issue a token."""

@@ -188,15 +188,16 @@ def _fire_one(now: datetime) -> Schedule | None:
         plan = plan_of(schedule)
         edge, left_out = plan.last_due(Edge(schedule.next_at, not schedule.next_is_end), now)
         until = _deadline(schedule, plan, edge)
-        outcome: Outcome | None = Outcome.MISSED
-        message, operation = f"its time was over at {until:%Y-%m-%d %H:%M:%S} UTC", None
-        if now <= until:
-            outcome, message, operation = _try(schedule, edge)
-            if outcome is None:
+        if now > until:
+            outcome, message, operation = Outcome.MISSED, f"its time was over at {until:%Y-%m-%d %H:%M:%S} UTC", None
+        else:
+            tried, message, operation = _try(schedule, edge)
+            if tried is None:
                 schedule.next_at, schedule.next_is_end = edge.at, not edge.begins
                 schedule.retry_at = now + RETRY
                 schedule.save()
                 return schedule
+            outcome = tried
         Firing.objects.create(
             schedule=schedule, at=edge.at, is_end=not edge.begins, outcome=outcome, message=message[:2000],
             left_out=left_out, operation=operation,
