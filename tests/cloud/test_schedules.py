@@ -353,6 +353,7 @@ def test_times_that_can_t_be_are_refused(cloud: Cloud, begins: int, ends: int | 
         reservations.reserve(cloud.project, cloud.user, soon(hours=begins), end, Need(1, 1, GIB, GIB))
 
 
+@pytest.mark.django_db(transaction=True)
 def test_the_dispatcher_s_loop_fires(cloud: Cloud) -> None:
     row = schedule(cloud, Kind.STOP, launched(cloud))
     Schedule.objects.filter(pk=row.pk).update(next_at=timezone.now(), begins=timezone.now())
