@@ -13,6 +13,7 @@ import click
 from recvirt import __version__
 from recvirt.nestedcloud.client.api import VARIABLE, ApiError
 from recvirt.nestedcloud.client.commands import COMMANDS
+from recvirt.nestedcloud.client.more import MORE
 from recvirt.nestedcloud.client.storage_commands import STORAGE_COMMANDS
 
 #: Exit statuses, one a class of error.
@@ -34,7 +35,7 @@ def main_group(project: str | None) -> None:
     """
 
 
-for _command in (*COMMANDS, *STORAGE_COMMANDS):
+for _command in (*COMMANDS, *STORAGE_COMMANDS, *MORE):
     main_group.add_command(_command)
 
 
@@ -163,9 +164,24 @@ def consume() -> None:
     consumer.run(config.load())
 
 
+@central.command()
+@click.argument("name")
+def administrator(name: str) -> None:
+    """Make an administrator, and print a token for them: whoever has this machine has the cloud."""
+    _setup()
+    from recvirt.nestedcloud.central.people import make_administrator
+
+    click.echo(make_administrator(name))
+
+
 @main_group.command()
 def setup() -> None:
-    """Set this machine up as a cloud: what systemd does at each boot, as root. Does only what is missing."""
+    """Set this machine up as a cloud: what systemd does at each boot, as root. Does only what is missing.
+
+    \b
+    Example:
+      sudo recvirt-cloud setup
+    """
     from recvirt.nestedcloud import provision
 
     try:

@@ -6,6 +6,7 @@ machine and nothing is to be installed. JSON only: nothing that could be code is
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,17 @@ class Sender:
     def heartbeat(self, beat: Heartbeat, expires_seconds: float) -> None:
         """To the central node, unless it is too busy to listen in time."""
         self._send(HEARTBEAT, CENTRAL_QUEUE, beat, expires=expires_seconds)
+
+
+def trouble_with(app: Celery, broker: str, seconds: float = 2.0) -> str:
+    """Why the broker can't be reached; nothing when it can."""
+    if broker.startswith("filesystem:"):
+        folder = Path(broker.removeprefix("filesystem:"))
+        return "" if os.access(folder, os.W_OK) else f"{folder} can't be written to"
+    try:
+        with app.connection_for_write(connect_timeout=seconds) as connection:
+            connection.connect()
+    except Exception as error:
+        # Each transport has errors of its own; their texts may hold its URL with the password.
+        return type(error).__name__
+    return ""

@@ -22,3 +22,7 @@ _database = os.environ.get("RECVIRT_TEST_DATABASE", f"sqlite:{_folder / 'db.sqli
 os.environ["RECVIRT_CLOUD_CONFIG"] = str(_folder / "central.toml")
 
 from recvirt.nestedcloud.central.settings import *  # noqa: E402,F403
+
+if _database.startswith("sqlite:"):
+    # A file, as it is in use: one in memory is no database of its own to a second connection.
+    DATABASES["default"]["TEST"] = {"NAME": str(_folder / "test.sqlite")}  # noqa: F405

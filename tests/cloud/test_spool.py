@@ -11,7 +11,7 @@ import pytest
 from recvirt.nestedcloud import spool
 from recvirt.nestedcloud.model import ModelError
 
-KEY = str(uuid.uuid4())
+KEY = "6f1c3a52-8f3e-4a57-9b1d-2c40f6a7d9e1"
 
 
 def test_pieces_come_in_order_and_may_come_twice(tmp_path: Path) -> None:

@@ -16,13 +16,14 @@ from click.testing import CliRunner
 
 from recvirt.accept import boots, nfsserver, runner, tinyvm
 from recvirt.accept.context import Acceptance, Options
-from recvirt.accept.promise import ALWAYS, promises_of
+from recvirt.accept.promise import promises_of
 from recvirt.accept.registry import NEEDS, OPTIONAL_SCENES, SCENES, Check, all_checks, scenes_of, select
 from recvirt.accept.reports import html_page, junit_xml, write_reports
 from recvirt.accept.results import CheckResult, Failed, ImageFacts, Report, Skipped
 from recvirt.cli import cli
 from recvirt.errors import ConfigError, GuestError
 from recvirt.model import Profile
+from recvirt.rootfs.selection import ALWAYS
 from tests.support.fake_guest import FakeGuest, acceptance, guest
 
 

@@ -16,7 +16,7 @@ from django.db import close_old_connections, connection, transaction
 from django.db.models import Q
 from django.utils import timezone
 
-from recvirt.nestedcloud.central import storage_reports
+from recvirt.nestedcloud.central import health, schedules, storage_reports
 from recvirt.nestedcloud.central.models import Event, Instance, InstanceState, Operation
 from recvirt.nestedcloud.central.specs import command_of
 from recvirt.nestedcloud.model import Command, Fault, Kind, ModelError, Phase
@@ -94,7 +94,8 @@ def run(publish: Publish, *, pause_seconds: float = 0.5, stop: Callable[[], bool
     while not stop():
         try:
             close_old_connections()
-            busy = tick(publish)
+            health.beat(health.DISPATCHER)
+            busy = schedules.fire() + tick(publish)
             if trouble:
                 log.warning("it works again")
             trouble = ""

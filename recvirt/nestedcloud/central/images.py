@@ -46,7 +46,7 @@ def import_url(project: Project, user: User | None, wish: Mapping[str, Any], key
     digest = digest_of(Kind.IMAGE_IMPORT, "", wish)
     with transaction.atomic():
         Project.objects.select_for_update().get(pk=project.pk)
-        if (found := seen(project, key, digest)) is not None:
+        if (found := seen(project, user, key, digest)) is not None:
             return found
         image = _new(
             project, wish["name"], format=wish["format"], wanted_sha256=wish["sha256"],
@@ -94,7 +94,7 @@ def finish_upload(image: Image, user: User | None, key: str | None = None) -> Op
     digest = digest_of(Kind.IMAGE_IMPORT, str(image.uuid), {})
     with transaction.atomic():
         Project.objects.select_for_update().get(pk=project.pk)
-        if (found := seen(project, key, digest)) is not None:
+        if (found := seen(project, user, key, digest)) is not None:
             return found
         locked = Image.objects.select_for_update().get(pk=image.pk)
         check_idle(locked)
@@ -123,7 +123,7 @@ def remove(image: Image, project: Project, user: User | None, key: str | None = 
     digest = digest_of(Kind.IMAGE_REMOVE, str(image.uuid), {})
     with transaction.atomic():
         Project.objects.select_for_update().get(pk=project.pk)
-        if (found := seen(project, key, digest)) is not None:
+        if (found := seen(project, user, key, digest)) is not None:
             return found
         locked = Image.objects.select_for_update().get(pk=image.pk)
         check_idle(locked)
@@ -147,7 +147,7 @@ def export(instance: Instance, name: str, user: User | None, key: str | None = N
     digest = digest_of(Kind.EXPORT, str(instance.uuid), {"image": name})
     with transaction.atomic():
         Project.objects.select_for_update().get(pk=project.pk)
-        if (found := seen(project, key, digest)) is not None:
+        if (found := seen(project, user, key, digest)) is not None:
             return found
         locked = Instance.objects.select_for_update().get(pk=instance.pk)
         check_idle(locked)
@@ -170,7 +170,7 @@ def clone(source: Instance, name: str, user: User | None, key: str | None = None
     digest = digest_of(Kind.CLONE, str(source.uuid), {"name": name})
     with transaction.atomic():
         Project.objects.select_for_update().get(pk=project.pk)
-        if (found := seen(project, key, digest)) is not None:
+        if (found := seen(project, user, key, digest)) is not None:
             return found
         locked = Instance.objects.select_for_update().get(pk=source.pk)
         check_idle(locked)

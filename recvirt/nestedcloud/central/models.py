@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import uuid
 from hashlib import sha256
+from typing import Any
 
 from django.conf import settings
 from django.core.validators import MaxValueValidator, MinValueValidator, RegexValidator
@@ -77,16 +78,19 @@ class ApiToken(Row):
     user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="api_tokens")
     name = models.CharField(max_length=63)
     digest = models.CharField(max_length=64, unique=True)
+    # A key to this project alone; and one that changes nothing.
+    project = models.ForeignKey(Project, null=True, blank=True, on_delete=models.CASCADE, related_name="api_tokens")
+    read_only = models.BooleanField(default=False)
     expires = models.DateTimeField(null=True, blank=True)
     last_used = models.DateTimeField(null=True, blank=True)
 
     PREFIX = "rvc_"
 
     @classmethod
-    def issue(cls, user: settings.AUTH_USER_MODEL, name: str, expires: object = None) -> tuple[ApiToken, str]:  # type: ignore[name-defined]
-        """A new token and its secret, which is shown this once."""
+    def issue(cls, user: settings.AUTH_USER_MODEL, name: str, expires: object = None, **scope: Any) -> tuple[ApiToken, str]:  # type: ignore[name-defined]  # fmt: skip  # noqa: E501
+        """A new token and its secret, which is shown this once. ``scope`` is ``project`` and ``read_only``."""
         secret = cls.PREFIX + secrets.token_urlsafe(32)
-        row = cls.objects.create(user=user, name=name, digest=cls.digest_of(secret), expires=expires)
+        row = cls.objects.create(user=user, name=name, digest=cls.digest_of(secret), expires=expires, **scope)
         return row, secret
 
     @staticmethod
@@ -236,6 +240,8 @@ class Instance(Row):
     promised_vcpus = models.PositiveIntegerField()
     promised_memory_bytes = models.PositiveBigIntegerField()
     promised_disk_bytes = models.PositiveBigIntegerField()
+    # When its room is somebody else's: it is deleted then.
+    promised_until = models.DateTimeField(null=True, blank=True)
 
     class Meta:
         constraints = [
@@ -382,3 +388,91 @@ class Event(models.Model):
 
     class Meta:
         ordering = ["id"]
+
+
+class Schedule(Row):
+    """Operations at future times. What is due next is ``next_at``: a window's end if ``next_is_end``.
+
+    ``args`` is the request's body, looked at again when it is due. ``pinned`` ones end what was launched for a time.
+    """
+
+    project = models.ForeignKey(Project, on_delete=models.CASCADE, related_name="schedules")
+    user = models.ForeignKey(settings.AUTH_USER_MODEL, null=True, on_delete=models.SET_NULL, related_name="schedules")
+    instance = models.ForeignKey(Instance, null=True, blank=True, on_delete=models.CASCADE, related_name="schedules")
+    name = models.CharField(max_length=63, validators=[name_validator])
+    kind = models.CharField(max_length=30, choices=_choices(Kind))
+    args = models.JSONField(default=dict)
+    begins = models.DateTimeField()
+    rule = models.CharField(max_length=200, blank=True)
+    zone = models.CharField(max_length=64, default="UTC")
+    window_seconds = models.PositiveIntegerField(null=True, blank=True)
+    grace_seconds = models.PositiveIntegerField(default=600)
+    paused = models.BooleanField(default=False)
+    pinned = models.BooleanField(default=False)
+    next_at = models.DateTimeField(null=True, blank=True)
+    next_is_end = models.BooleanField(default=False)
+    retry_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["project", "name"], name="one_schedule_of_a_name")]
+        indexes = [models.Index(fields=["paused", "next_at"])]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Outcome(models.TextChoices):
+    """What became of something that was due."""
+
+    ASKED = "asked"
+    NOT_NEEDED = "not-needed"
+    REFUSED = "refused"
+    MISSED = "missed"
+
+
+class Firing(Row):
+    """Something that was due, once. Written in the transaction that makes its operation."""
+
+    schedule = models.ForeignKey(Schedule, on_delete=models.CASCADE, related_name="firings")
+    at = models.DateTimeField()
+    is_end = models.BooleanField(default=False)
+    outcome = models.CharField(max_length=10, choices=Outcome.choices)
+    message = models.TextField(blank=True)
+    left_out = models.PositiveIntegerField(default=0)
+    operation = models.ForeignKey(Operation, null=True, blank=True, on_delete=models.SET_NULL, related_name="firings")
+
+    class Meta:
+        ordering = ["-at", "is_end"]
+        constraints = [models.UniqueConstraint(fields=["schedule", "at", "is_end"], name="fired_once")]
+
+
+class Reservation(Row):
+    """Room on a worker for one instance, kept for a time. Without an end it is kept until it is used."""
+
+    project = models.ForeignKey(Project, on_delete=models.CASCADE, related_name="reservations")
+    user = models.ForeignKey(
+        settings.AUTH_USER_MODEL, null=True, on_delete=models.SET_NULL, related_name="reservations"
+    )
+    worker = models.ForeignKey(Worker, on_delete=models.CASCADE, related_name="reservations")
+    schedule = models.ForeignKey(Schedule, null=True, blank=True, on_delete=models.CASCADE, related_name="reservations")
+    begins = models.DateTimeField()
+    ends = models.DateTimeField(null=True, blank=True)
+    instances = models.PositiveSmallIntegerField(default=1)
+    vcpus = models.PositiveIntegerField()
+    memory_bytes = models.PositiveBigIntegerField()
+    disk_bytes = models.PositiveBigIntegerField()
+
+    class Meta:
+        ordering = ["begins"]
+        constraints = [
+            models.UniqueConstraint(fields=["schedule", "begins"], name="one_reservation_an_occurrence"),
+            check_constraint(Q(ends=None) | Q(ends__gt=models.F("begins")), "reservation_ends_later"),
+        ]
+        indexes = [models.Index(fields=["worker", "ends"]), models.Index(fields=["project", "ends"])]
+
+
+class Pulse(models.Model):
+    """When a service of the central node last said that it works."""
+
+    name = models.CharField(max_length=20, primary_key=True)
+    at = models.DateTimeField()

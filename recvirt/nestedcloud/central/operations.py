@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from django.contrib.auth.models import User
 from django.db import transaction
 
-from recvirt.nestedcloud.central import admission, specs
+from recvirt.nestedcloud.central import admission, reservations, specs
+from recvirt.nestedcloud.central.intervals import FOREVER
 from recvirt.nestedcloud.central.models import (
     ACTIVE_PHASES,
     Event,
@@ -54,24 +56,46 @@ ALLOWED: Mapping[Kind, tuple[str, ...]] = {
 _SNAPSHOT_KINDS = (Kind.SNAPSHOT, Kind.REVERT, Kind.SNAPSHOT_REMOVE)
 
 
+def args_of(kind: Kind, body: Mapping[str, Any]) -> dict[str, Any]:
+    """An operation's arguments from a request's validated body."""
+    args = dict(body)
+    return {"restart": args.pop("restart"), "changes": args} if kind is Kind.RESCALE else args
+
+
+def growth_of(instance: Instance, changes: Mapping[str, Any]) -> admission.Need:
+    """What a change of size takes beyond what the instance has. ModelError when it can't be of that size."""
+    spec = specs.instance_spec(instance, changes)
+    return admission.Need(
+        0, spec.vcpus_max - instance.vcpus_max, spec.memory_max_bytes - instance.memory_max_bytes,
+        spec.root.size_bytes - instance.disk_bytes,
+    )  # fmt: skip
+
+
 def digest_of(kind: Kind, target: str, args: Mapping[str, Any]) -> str:
     """What a request says, so that a key can be held to it."""
     text = json.dumps([kind.value, target, args], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def seen(project: Project, key: str | None, digest: str) -> Operation | None:
-    """The operation that this key made before. KeyReused when it was another request."""
+def seen(project: Project, user: User | None, key: str | None, digest: str) -> Operation | None:
+    """The operation that this key made before. KeyReused when it was another request, or somebody else's."""
     if key is None:
         return None
     found = Operation.objects.filter(project=project, idempotency_key=key).first()
+    if found is not None and found.user_id != (user.pk if user is not None else None):
+        raise KeyReused("this idempotency key was used by somebody else")
     if found is not None and found.request_digest != digest:
         raise KeyReused("this idempotency key stands for another request", operation=str(found.uuid))
     return found
 
 
-def launch(project: Project, user: User | None, wish: Mapping[str, Any], key: str | None = None) -> Operation:
-    """A new instance. ``wish`` has the serializer's validated fields; image and networks are rows."""
+def launch(
+    project: Project, user: User | None, wish: Mapping[str, Any], key: str | None = None, until: datetime | None = None
+) -> Operation:
+    """A new instance. ``wish`` has the serializer's validated fields; image and networks are rows.
+
+    ``until`` is when the caller deletes it again; one on a reservation is deleted when that ends.
+    """
     plain = {name: str(value) if isinstance(value, Image) else value for name, value in wish.items()}
     plain["networks"] = [str(network.uuid) for network in wish["networks"]]
     digest = digest_of(Kind.LAUNCH, "", plain)
@@ -79,9 +103,12 @@ def launch(project: Project, user: User | None, wish: Mapping[str, Any], key: st
         need = admission.Need(1, wish["vcpus_max"], wish["memory_max_bytes"], wish["disk_bytes"])
         # The project's row is locked first: of two requests with one key, the second one finds the first one's.
         Project.objects.select_for_update().get(pk=project.pk)
-        if (found := seen(project, key, digest)) is not None:
+        if (found := seen(project, user, key, digest)) is not None:
             return found
-        admission.check_quota(project, need)
+        kept = reservations.take(project, wish["reservation"]) if wish.get("reservation") else None
+        until = kept.ends if kept is not None else until
+        span = admission.Span(ends=until or FOREVER)
+        admission.check_quota(project, need, span)
         # Locked, so that it is not removed at the same time.
         image = Image.objects.select_for_update().get(pk=wish["image"].pk)
         if image.state != ImageState.READY:
@@ -91,11 +118,12 @@ def launch(project: Project, user: User | None, wish: Mapping[str, Any], key: st
         taken = project.instances.filter(name=wish["name"]).exclude(state=InstanceState.DELETED).first()
         if taken is not None:
             raise Refused(f"there is an instance called {taken.name}", instance=str(taken.uuid))
-        worker = admission.place(need)
+        worker = admission.place(need, span)
         fields = {name: wish[name] for name in (*specs.CHANGEABLE, "name", "nest", "ssh_keys", "user_data")}
         instance = Instance.objects.create(
             project=project, worker=worker, image=image, promised_vcpus=need.vcpus,
-            promised_memory_bytes=need.memory_bytes, promised_disk_bytes=need.disk_bytes, **fields,
+            promised_memory_bytes=need.memory_bytes, promised_disk_bytes=need.disk_bytes, promised_until=until,
+            **fields,
         )  # fmt: skip
         for position, network in enumerate(wish["networks"]):
             Nic.objects.create(instance=instance, network=network, position=position, mac=specs.new_mac())
@@ -103,6 +131,8 @@ def launch(project: Project, user: User | None, wish: Mapping[str, Any], key: st
             specs.instance_spec(instance)
         except ModelError as error:
             raise Refused(str(error)) from None
+        if kept is not None and kept.ends is not None:
+            reservations.pin_end(instance, user, kept.ends)
         return _record(project, user, Kind.LAUNCH, instance, {}, key, digest)
 
 
@@ -114,7 +144,7 @@ def request(
     digest = digest_of(kind, str(instance.uuid), args)
     with transaction.atomic():
         Project.objects.select_for_update().get(pk=project.pk)
-        if (found := seen(project, key, digest)) is not None:
+        if (found := seen(project, user, key, digest)) is not None:
             return found
         locked = Instance.objects.select_for_update().get(pk=instance.pk)
         check_idle(locked)
@@ -131,18 +161,15 @@ def _checked(instance: Instance, kind: Kind, args: Mapping[str, Any]) -> dict[st
     if kind is Kind.RESCALE:
         changes = dict(checked.get("changes", {}))
         try:
-            spec = specs.instance_spec(instance, changes)
+            need = growth_of(instance, changes)
         except ModelError as error:
             raise Refused(str(error)) from None
-        if spec.root.size_bytes < instance.disk_bytes:
+        if need.disk_bytes < 0:
             raise Refused("a disk can't be made smaller")
-        need = admission.Need(
-            0, spec.vcpus_max - instance.vcpus_max, spec.memory_max_bytes - instance.memory_max_bytes,
-            spec.root.size_bytes - instance.disk_bytes,
-        )  # fmt: skip
-        admission.check_quota(instance.project, need)
+        span = admission.Span(ends=instance.promised_until or FOREVER)
+        admission.check_quota(instance.project, need, span)
         if instance.worker is not None and (need.vcpus > 0 or need.memory_bytes > 0):
-            admission.check_worker(instance.worker, need)
+            admission.check_worker(instance.worker, need, span)
         instance.promised_vcpus += max(0, need.vcpus)
         instance.promised_memory_bytes += max(0, need.memory_bytes)
         instance.promised_disk_bytes += max(0, need.disk_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from django.http import Http404
@@ -24,6 +25,10 @@ class ProjectScoped(viewsets.GenericViewSet[Any]):
     """Everything below one project, found by its name. What a stranger asks for is not found."""
 
     permission_classes = [IsAuthenticated, ProjectPermission]
+    #: The bodies of requests, by action; the schema is made from them.
+    bodies: Mapping[str, type[Serializer[Any]]] = {}
+    #: Actions whose bodies are plain bytes.
+    raw: tuple[str, ...] = ()
     project: Project
     role: Role
 

@@ -100,11 +100,13 @@ class InstanceSerializer(serializers.ModelSerializer[Instance]):
 
 
 class EventSerializer(serializers.ModelSerializer[Event]):
-    """What happened."""
+    """What happened, and who did it."""
+
+    user = serializers.CharField(source="user.username", read_only=True, default=None)
 
     class Meta:
         model = Event
-        fields = ["id", "at", "kind", "subject", "data"]
+        fields = ["id", "at", "kind", "subject", "user", "data"]
 
 
 class Strict(serializers.Serializer[Any]):
@@ -135,6 +137,7 @@ class LaunchSerializer(_Size):
     nest = serializers.BooleanField(default=False)
     ssh_keys = serializers.ListField(child=serializers.CharField(max_length=16384), default=list, max_length=64)
     user_data = serializers.CharField(allow_blank=True, default="", max_length=_USER_DATA_MAX, trim_whitespace=False)
+    reservation = serializers.UUIDField(required=False)
 
     def validate_ssh_keys(self, keys: list[str]) -> list[str]:
         """One line each."""

@@ -22,6 +22,12 @@ from recvirt.nestedcloud.model import NAME, Kind
 class Volumes(mixins.ListModelMixin, mixins.RetrieveModelMixin, ProjectScoped):
     """The project's volumes."""
 
+    bodies = {
+        "create": storage_serializers.AllocateSerializer, "destroy": serializers.NothingSerializer,
+        "attach": storage_serializers.AttachSerializer, "detach": serializers.NothingSerializer,
+        "resize": storage_serializers.ResizeSerializer, "snapshot": serializers.SnapshotSerializer,
+        "revert": serializers.SnapshotSerializer, "snapshot_remove": serializers.SnapshotSerializer,
+    }  # fmt: skip
     serializer_class = storage_serializers.VolumeSerializer
     lookup_field = "name"
     lookup_value_regex = NAME.pattern
@@ -96,6 +102,11 @@ class PieceParser(BaseParser):
 class Images(mixins.ListModelMixin, mixins.RetrieveModelMixin, ProjectScoped):
     """The project's images, and everybody's. One of the project's own hides everybody's of the same name."""
 
+    bodies = {
+        "create": storage_serializers.ImportSerializer, "destroy": serializers.NothingSerializer,
+        "complete": serializers.NothingSerializer,
+    }  # fmt: skip
+    raw = ("content",)
     serializer_class = storage_serializers.ImageSerializer
     lookup_field = "name"
     lookup_value_regex = NAME.pattern

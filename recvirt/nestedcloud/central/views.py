@@ -19,28 +19,16 @@ from recvirt.nestedcloud.central.models import (
     InstanceState,
     Network,
     Operation,
-    Project,
     Worker,
 )
 from recvirt.nestedcloud.central.scoped import ProjectScoped
 from recvirt.nestedcloud.model import NAME, Kind
 
 
-class Projects(mixins.ListModelMixin, viewsets.GenericViewSet[Project]):
-    """The projects that one is a member of."""
-
-    serializer_class = serializers.ProjectSerializer
-
-    def get_queryset(self) -> QuerySet[Project]:
-        """One's own."""
-        everything = Project.objects.order_by("name")
-        user: Any = self.request.user
-        return everything if user.is_superuser else everything.filter(memberships__user=user)
-
-
 class Workers(mixins.ListModelMixin, mixins.RetrieveModelMixin, viewsets.GenericViewSet[Worker]):
     """The hypervisors."""
 
+    open_to_scoped = True
     serializer_class = serializers.WorkerSerializer
     queryset = Worker.objects.order_by("name")
     lookup_field = "name"
@@ -79,12 +67,21 @@ class Events(mixins.ListModelMixin, ProjectScoped):
         after = self.request.query_params.get("after", "0")
         if not after.isdecimal():
             raise ValidationError({"after": ["the id of an event"]})
-        return self.project.events.filter(id__gt=int(after))
+        return self.project.events.filter(id__gt=min(int(after), 2**63 - 1)).select_related("user")
 
 
 class Instances(mixins.ListModelMixin, mixins.RetrieveModelMixin, ProjectScoped):
     """The project's virtual machines."""
 
+    bodies = {
+        "create": serializers.LaunchSerializer, "destroy": serializers.NothingSerializer,
+        "stop": serializers.StopSerializer, "rescale": serializers.RescaleSerializer,
+        "snapshot": serializers.SnapshotSerializer, "revert": serializers.SnapshotSerializer,
+        "snapshot_remove": serializers.SnapshotSerializer, "start": serializers.NothingSerializer,
+        "reboot": serializers.NothingSerializer, "suspend": serializers.NothingSerializer,
+        "resume": serializers.NothingSerializer, "export": storage_serializers.ExportSerializer,
+        "clone": storage_serializers.CloneSerializer,
+    }  # fmt: skip
     serializer_class = serializers.InstanceSerializer
     lookup_field = "name"
     lookup_value_regex = NAME.pattern
@@ -111,9 +108,7 @@ class Instances(mixins.ListModelMixin, mixins.RetrieveModelMixin, ProjectScoped)
         return self._ask(request, Kind.DELETE, serializers.NothingSerializer)
 
     def _ask(self, request: Request, kind: Kind, body: type[Serializer[Any]]) -> Response:
-        args = self.checked(body, request)
-        if kind is Kind.RESCALE:
-            args = {"restart": args.pop("restart"), "changes": args}
+        args = operations.args_of(kind, self.checked(body, request))
         return self.accepted(operations.request(self.get_object(), self.user, kind, args, self.key(request)))
 
     @action(detail=True, methods=["post"])

@@ -43,7 +43,7 @@ def allocate(project: Project, user: User | None, wish: Mapping[str, Any], key: 
     digest = digest_of(Kind.VOLUME_ALLOCATE, "", plain)
     with transaction.atomic():
         Project.objects.select_for_update().get(pk=project.pk)
-        if (found := seen(project, key, digest)) is not None:
+        if (found := seen(project, user, key, digest)) is not None:
             return found
         admission.check_quota(project, admission.Need(disk_bytes=wish["size_bytes"]))
         if project.volumes.filter(name=wish["name"]).exclude(state=VolumeState.DELETED).exists():
@@ -76,7 +76,7 @@ def request(
     digest = digest_of(kind, str(volume.uuid), args)
     with transaction.atomic():
         Project.objects.select_for_update().get(pk=project.pk)
-        if (found := seen(project, key, digest)) is not None:
+        if (found := seen(project, user, key, digest)) is not None:
             return found
         # The project's row is locked, so nothing is attached to or detached from anything meanwhile but by reports,
         # and those end an operation that is looked for below.
@@ -152,7 +152,7 @@ def attach(volume: Volume, instance: Instance, user: User | None, key: str | Non
     digest = digest_of(Kind.ATTACH, str(volume.uuid), {"instance": str(instance.uuid)})
     with transaction.atomic():
         Project.objects.select_for_update().get(pk=project.pk)
-        if (found := seen(project, key, digest)) is not None:
+        if (found := seen(project, user, key, digest)) is not None:
             return found
         owner = Instance.objects.select_for_update().get(pk=instance.pk)
         locked = Volume.objects.select_for_update().get(pk=volume.pk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import tomllib
@@ -61,8 +62,6 @@ def load_access(project: str | None = None) -> Access:
 
 def save_access(access: Access, path: Path) -> None:
     """For this user's eyes only: the token is a key."""
-    import json
-
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     lines = [f"{name} = {json.dumps(value)}" for name, value in vars(access).items() if value]
     part = path.with_name(f".{path.name}.part")
@@ -150,6 +149,24 @@ class Api:
             offset += len(data["results"])
             if not data["next"] or not data["results"]:
                 return
+
+    def stream(self, path: str, last: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Server-sent events after the one called ``last``, each with its id, until the connection ends."""
+        headers = {"Accept": "text/event-stream", **({"Last-Event-ID": last} if last else {})}
+        try:
+            with self._session.get(self._url(path), headers=headers, stream=True, timeout=_TIMEOUT_SECONDS) as answer:
+                if not answer.ok:
+                    self._result(answer)
+                fields: dict[str, str] = {}
+                for line in answer.iter_lines(chunk_size=1, decode_unicode=True):
+                    name, _, value = line.partition(":")
+                    if line and name:
+                        fields[name] = value.removeprefix(" ")
+                    elif not line and "data" in fields:
+                        yield fields.get("id", ""), json.loads(fields["data"])
+                        fields = {}
+        except (requests.RequestException, ValueError) as error:
+            raise ApiError(f"the connection to {self.access.url} broke: {error}", kind="unreachable") from None
 
     def wait(
         self, operation: Mapping[str, Any], seconds: float, progress: Callable[[Mapping[str, Any]], None]

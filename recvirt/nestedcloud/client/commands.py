@@ -31,9 +31,9 @@ class Size(_Bytes):
 
 
 SIZE = Size()
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_wait = click.option("--wait/--no-wait", default=True, help="Wait until it is done. [default: wait]")
-_timeout = click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+wait_option = click.option("--wait/--no-wait", default=True, help="Wait until it is done. [default: wait]")
+timeout_option = click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait.")
 
 
 @click.pass_context
@@ -46,7 +46,7 @@ def api() -> Api:
     return _api()
 
 
-def _follow(operation: Mapping[str, Any], wait: bool, timeout: float, as_json: bool) -> None:
+def follow(operation: Mapping[str, Any], wait: bool, timeout: float, as_json: bool) -> None:
     """Wait for an operation, telling what it is at, unless somebody else reads along."""
     said = ""
 
@@ -81,11 +81,13 @@ def _follow(operation: Mapping[str, Any], wait: bool, timeout: float, as_json: b
               help="A file with public keys.")  # fmt: skip
 @click.option("--user-data", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="For cloud-init.")
 @click.option("--nest", is_flag=True, help="Let it run VMs of its own.")
-@_wait
-@_timeout
-@_json
+@click.option("--reservation", metavar="UUID", help="Use this reservation's room, and be deleted when it ends.")
+@wait_option
+@timeout_option
+@json_option
 def launch(name: str, image: str, keys: tuple[Path, ...], user_data: Path | None, networks: tuple[str, ...],
-           nest: bool, wait: bool, timeout: float, as_json: bool, **sizes: int | None) -> None:  # fmt: skip
+           nest: bool, reservation: str | None,
+           wait: bool, timeout: float, as_json: bool, **sizes: int | None) -> None:  # fmt: skip
     """Launch an instance.
 
     \b
@@ -100,9 +102,11 @@ def launch(name: str, image: str, keys: tuple[Path, ...], user_data: Path | None
         body["ssh_keys"] = [line for line in lines if line and not line.startswith("#")]
     if user_data is not None:
         body["user_data"] = user_data.read_text()
+    if reservation is not None:
+        body["reservation"] = reservation
     if networks:
         body["networks"] = list(networks)
-    _follow(api().call("POST", api().below("instances"), body), wait, timeout, as_json)
+    follow(api().call("POST", api().below("instances"), body), wait, timeout, as_json)
 
 
 def _sizes(sizes: Mapping[str, int | None]) -> dict[str, int]:
@@ -119,9 +123,9 @@ def _sizes(sizes: Mapping[str, int | None]) -> dict[str, int]:
 @click.option("--disk", type=SIZE)
 @click.option("--priority", type=int)
 @click.option("--restart", is_flag=True, help="Allow what can't be done while it runs.")
-@_wait
-@_timeout
-@_json
+@wait_option
+@timeout_option
+@json_option
 def rescale(name: str, restart: bool, wait: bool, timeout: float, as_json: bool, **sizes: int | None) -> None:
     """Make an instance larger or smaller: as it runs where that can be done.
 
@@ -131,7 +135,7 @@ def rescale(name: str, restart: bool, wait: bool, timeout: float, as_json: bool,
       recvirt-cloud rescale web --memory-max 16G --restart
     """
     body: dict[str, Any] = {"restart": restart, **_sizes(sizes)}
-    _follow(api().call("POST", api().below(f"instances/{name}/rescale"), body), wait, timeout, as_json)
+    follow(api().call("POST", api().below(f"instances/{name}/rescale"), body), wait, timeout, as_json)
 
 
 def _verb(name: str, text: str, *options: Any, path: str = "", method: str = "POST") -> click.Command:
@@ -140,10 +144,10 @@ def _verb(name: str, text: str, *options: Any, path: str = "", method: str = "PO
     def run(instance: str, wait: bool, timeout: float, as_json: bool, **body: Any) -> None:
         given = {key: value for key, value in body.items() if value is not None}
         where = f"instances/{instance}" + (f"/{path or name}" if method == "POST" else "")
-        _follow(api().call(method, api().below(where), given), wait, timeout, as_json)
+        follow(api().call(method, api().below(where), given), wait, timeout, as_json)
 
     function: Any = run
-    for option in reversed((click.argument("instance"), *options, _wait, _timeout, _json)):
+    for option in reversed((click.argument("instance"), *options, wait_option, timeout_option, json_option)):
         function = option(function)
     command: click.Command = click.command(name, help=f"{text}\n\n\b\nExample:\n  recvirt-cloud {name} web" + (
         " before-upgrade" if options and name != "stop" else ""))(function)  # fmt: skip
@@ -165,7 +169,7 @@ revert = _verb("revert", "Go back to a snapshot.", _snapshot)
 snapshot_remove = _verb("snapshot-remove", "Forget a snapshot.", _snapshot)
 
 
-def _list(
+def listing(
     name: str, path: str, text: str, columns: tuple[tuple[str, str], ...], *, scoped: bool = True, program: str = ""
 ) -> click.Command:
     def run(as_json: bool) -> None:
@@ -173,28 +177,28 @@ def _list(
 
     command: click.Command = click.command(
         name, help=f"{text}\n\n\b\nExample:\n  recvirt-cloud {program or name} --json"
-    )(_json(run))
+    )(json_option(run))
     return command
 
 
-instances = _list(
+instances = listing(
     "list", "instances", "List the instances.",
     (("NAME", "name"), ("STATE", "state"), ("POWER", "power"), ("VCPUS", "vcpus"), ("MEMORY", "memory_bytes"),
      ("DISK", "disk_bytes"), ("IMAGE", "image"), ("WORKER", "worker")),
 )  # fmt: skip
-operations = _list(
+operations = listing(
     "operations", "operations", "List what was asked for, newest first.",
     (("UUID", "uuid"), ("KIND", "kind"), ("INSTANCE", "instance_name"), ("PHASE", "phase"), ("%", "progress"),
      ("MESSAGE", "message")),
 )  # fmt: skip
-images = _list(
+images = listing(
     "images", "images", "List the images.",
     (("NAME", "name"), ("STATE", "state"), ("PUBLIC", "public"), ("SIZE", "virtual_bytes")),
 )  # fmt: skip
-networks = _list(
+networks = listing(
     "networks", "networks", "List the networks.", (("NAME", "name"), ("KIND", "kind"), ("SUBNET", "cidr"))
 )  # fmt: skip
-workers = _list(
+workers = listing(
     "workers", "workers", "List the workers.",
     (("NAME", "name"), ("UP", "up"), ("DRAINING", "draining"), ("VCPUS", "vcpus"), ("MEMORY", "memory_bytes"),
      ("DISK", "disk_bytes")), scoped=False,
@@ -203,7 +207,7 @@ workers = _list(
 
 @click.command()
 @click.argument("name")
-@_json
+@json_option
 def show(name: str, as_json: bool) -> None:
     """Show an instance.
 
@@ -217,8 +221,8 @@ def show(name: str, as_json: bool) -> None:
 @click.command()
 @click.argument("uuid")
 @click.option("--wait", is_flag=True, help="Wait until it has ended.")
-@_timeout
-@_json
+@timeout_option
+@json_option
 def operation(uuid: str, wait: bool, timeout: float, as_json: bool) -> None:
     """Show an operation, or wait for it.
 
@@ -228,7 +232,7 @@ def operation(uuid: str, wait: bool, timeout: float, as_json: bool) -> None:
     """
     found = api().call("GET", api().below(f"operations/{uuid}"))
     if wait:
-        _follow(found, True, timeout, as_json)
+        follow(found, True, timeout, as_json)
     else:
         fields(found, as_json=as_json)
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from recvirt.nestedcloud.client.api import Api
-from recvirt.nestedcloud.client.commands import SIZE, _follow, _json, _list, _timeout, _wait, api
+from recvirt.nestedcloud.client.commands import SIZE, api, follow, json_option, listing, timeout_option, wait_option
 from recvirt.nestedcloud.client.output import fields
 
 #: What the API takes in one request.
@@ -21,7 +21,7 @@ _largest = click.option("--max-size", type=SIZE, help="As large as its disk may 
 
 
 def _post(path: str, body: dict[str, Any], wait: bool, timeout: float, as_json: bool) -> None:
-    _follow(api().call("POST", api().below(path), body), wait, timeout, as_json)
+    follow(api().call("POST", api().below(path), body), wait, timeout, as_json)
 
 
 @click.group()
@@ -36,9 +36,9 @@ def volume() -> None:
               help="The file system that is made in it.")  # fmt: skip
 @_format
 @click.option("--near", metavar="INSTANCE", help="The instance that it is for: it is made where that one is.")
-@_wait
-@_timeout
-@_json
+@wait_option
+@timeout_option
+@json_option
 def allocate(name: str, size: int, fs: str, disk_format: str | None, near: str | None, wait: bool, timeout: float,
              as_json: bool) -> None:  # fmt: skip
     """Make a volume, with a file system in it.
@@ -55,7 +55,7 @@ def allocate(name: str, size: int, fs: str, disk_format: str | None, near: str |
 
 @volume.command("show")
 @click.argument("name")
-@_json
+@json_option
 def volume_show(name: str, as_json: bool) -> None:
     """Show a volume.
 
@@ -69,9 +69,9 @@ def volume_show(name: str, as_json: bool) -> None:
 @volume.command()
 @click.argument("name")
 @click.argument("instance")
-@_wait
-@_timeout
-@_json
+@wait_option
+@timeout_option
+@json_option
 def attach(name: str, instance: str, wait: bool, timeout: float, as_json: bool) -> None:
     """Give an instance a volume, as it runs or while it is off.
 
@@ -86,9 +86,9 @@ def attach(name: str, instance: str, wait: bool, timeout: float, as_json: bool) 
 
 @volume.command()
 @click.argument("name")
-@_wait
-@_timeout
-@_json
+@wait_option
+@timeout_option
+@json_option
 def detach(name: str, wait: bool, timeout: float, as_json: bool) -> None:
     """Take a volume from its instance. Unmount it in the guest first.
 
@@ -102,9 +102,9 @@ def detach(name: str, wait: bool, timeout: float, as_json: bool) -> None:
 @volume.command()
 @click.argument("name")
 @click.argument("size", type=SIZE)
-@_wait
-@_timeout
-@_json
+@wait_option
+@timeout_option
+@json_option
 def resize(name: str, size: int, wait: bool, timeout: float, as_json: bool) -> None:
     """Make a volume larger. A detached ext4 grows with it; otherwise the answer says what the guest has to do.
 
@@ -120,7 +120,9 @@ def _snapshot_verb(verb: str, text: str) -> click.Command:
         _post(f"volumes/{name}/{verb}", {"snapshot": snapshot}, wait, timeout, as_json)
 
     function: Any = run
-    for option in reversed((click.argument("name"), click.argument("snapshot"), _wait, _timeout, _json)):
+    for option in reversed(
+        (click.argument("name"), click.argument("snapshot"), wait_option, timeout_option, json_option)
+    ):
         function = option(function)
     example = f"\n\n\b\nExample:\n  recvirt-cloud volume {verb} data before-upgrade"
     command: click.Command = click.command(verb, help=text + example)(function)
@@ -131,7 +133,7 @@ volume.add_command(_snapshot_verb("snapshot", "Keep what is in a volume under a 
 volume.add_command(_snapshot_verb("revert", "Bring a volume back to a snapshot; what came after it is lost."))
 volume.add_command(_snapshot_verb("snapshot-remove", "Forget a snapshot of a volume."))
 volume.add_command(
-    _list(
+    listing(
         "list", "volumes", "List the volumes.",
         (("NAME", "name"), ("STATE", "state"), ("SIZE", "size_bytes"), ("FS", "filesystem"), ("FORMAT", "format"),
          ("INSTANCE", "instance"), ("WORKER", "worker")), program="volume list",
@@ -141,9 +143,9 @@ volume.add_command(
 
 @volume.command()
 @click.argument("name")
-@_wait
-@_timeout
-@_json
+@wait_option
+@timeout_option
+@json_option
 def remove(name: str, wait: bool, timeout: float, as_json: bool) -> None:
     """Remove a volume and its snapshots. What is in them is lost.
 
@@ -151,7 +153,7 @@ def remove(name: str, wait: bool, timeout: float, as_json: bool) -> None:
     Example:
       recvirt-cloud volume remove data
     """
-    _follow(api().call("DELETE", api().below(f"volumes/{name}")), wait, timeout, as_json)
+    follow(api().call("DELETE", api().below(f"volumes/{name}")), wait, timeout, as_json)
 
 
 @click.group()
@@ -173,9 +175,9 @@ def _image_body(name: str, disk_format: str | None, sha256: str, max_size: int |
 @_format
 @_sha256
 @_largest
-@_wait
-@_timeout
-@_json
+@wait_option
+@timeout_option
+@json_option
 def import_url(name: str, url: str, disk_format: str | None, sha256: str, max_size: int | None, wait: bool,
                timeout: float, as_json: bool) -> None:  # fmt: skip
     """Have the cloud fetch an image from a web server.
@@ -193,9 +195,9 @@ def import_url(name: str, url: str, disk_format: str | None, sha256: str, max_si
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @_format
 @_largest
-@_wait
-@_timeout
-@_json
+@wait_option
+@timeout_option
+@json_option
 def upload(name: str, file: Path, disk_format: str | None, max_size: int | None, wait: bool, timeout: float,
            as_json: bool) -> None:  # fmt: skip
     """Upload an image. Called again after it was cut off, it goes on where it was.
@@ -225,7 +227,7 @@ def _send(cloud: Api, name: str, file: Path, there: int, as_json: bool) -> None:
 
 @image.command("show")
 @click.argument("name")
-@_json
+@json_option
 def image_show(name: str, as_json: bool) -> None:
     """Show an image.
 
@@ -238,9 +240,9 @@ def image_show(name: str, as_json: bool) -> None:
 
 @image.command("delete")
 @click.argument("name")
-@_wait
-@_timeout
-@_json
+@wait_option
+@timeout_option
+@json_option
 def image_delete(name: str, wait: bool, timeout: float, as_json: bool) -> None:
     """Delete an image that no instance is a copy of.
 
@@ -248,11 +250,11 @@ def image_delete(name: str, wait: bool, timeout: float, as_json: bool) -> None:
     Example:
       recvirt-cloud image delete mine
     """
-    _follow(api().call("DELETE", api().below(f"images/{name}")), wait, timeout, as_json)
+    follow(api().call("DELETE", api().below(f"images/{name}")), wait, timeout, as_json)
 
 
 image.add_command(
-    _list(
+    listing(
         "list", "images", "List the images.",
         (("NAME", "name"), ("STATE", "state"), ("PUBLIC", "public"), ("SIZE", "virtual_bytes")), program="image list",
     )
@@ -262,9 +264,9 @@ image.add_command(
 @click.command()
 @click.argument("instance")
 @click.argument("image_name", metavar="IMAGE")
-@_wait
-@_timeout
-@_json
+@wait_option
+@timeout_option
+@json_option
 def export(instance: str, image_name: str, wait: bool, timeout: float, as_json: bool) -> None:
     """Make an image of an instance's root disk. It has to be off or suspended.
 
@@ -278,9 +280,9 @@ def export(instance: str, image_name: str, wait: bool, timeout: float, as_json: 
 @click.command()
 @click.argument("instance")
 @click.argument("name")
-@_wait
-@_timeout
-@_json
+@wait_option
+@timeout_option
+@json_option
 def clone(instance: str, name: str, wait: bool, timeout: float, as_json: bool) -> None:
     """Make another instance with a copy of one's root disk. The first has to be off, and so is the clone.
 
