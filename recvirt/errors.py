@@ -130,10 +130,6 @@ class GuestError(RecvirtError):
     exit_code = 12
 
 
-class EmulatorError(GuestError):
-    """The emulator, not the guest, is at fault: the same once more may well go on."""
-
-
 class LockedError(RecvirtError):
     """Another recvirt works on the same thing and waiting was not wanted."""
 

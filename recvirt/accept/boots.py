@@ -13,7 +13,6 @@ from pathlib import Path
 from recvirt.accept import nfsserver
 from recvirt.accept.context import TEST_USER, Acceptance
 from recvirt.accept.guest import Guest
-from recvirt.errors import EmulatorError
 from recvirt.qemu import (
     CloudConfig,
     Disk,
@@ -26,6 +25,7 @@ from recvirt.qemu import (
     running,
 )
 from recvirt.qemu.ssh import SshAccess
+from recvirt.qemu.stuck import EmulatorError
 from recvirt.sandbox import ToolsRoot
 from recvirt.ui import reporter
 

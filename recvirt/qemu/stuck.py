@@ -1,4 +1,4 @@
-"""Tells an emulator that lost an interrupt from a guest that hangs. Pure: works on the text of QEMU's monitor.
+"""Tells an emulator that lost an interrupt from a guest that hangs: works on the text of QEMU's monitor.
 
 QEMU's TCG with a thread a processor now and then (about one boot in fifty on a busy machine) leaves a processor asleep
 with an interrupt that its local APIC has handed over and that was never finished: nothing of the same or a lower
@@ -11,10 +11,16 @@ from __future__ import annotations
 
 import re
 
+from recvirt.errors import GuestError
+
 #: RFLAGS.IF: interrupts are let in (AMD64 Architecture Programmer's Manual, volume 2, 3.1.6).
 _INTERRUPTS_ON = 0x200
 _REGISTERS = re.compile(r"CPU#(\d+)\r?\n.*?RFL=([0-9a-f]+).*?HLT=([01])", re.DOTALL)
 _IN_SERVICE = re.compile(r"^ISR\s+((?:\d+ )+)", re.MULTILINE)
+
+
+class EmulatorError(GuestError):
+    """The emulator, not the guest, is at fault: the same once more may well go on."""
 
 
 def sleeping(registers: str) -> list[int]:

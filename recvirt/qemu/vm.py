@@ -17,7 +17,7 @@ from pathlib import Path
 from subprocess import Popen
 
 from recvirt import run as runner
-from recvirt.errors import CommandError, EmulatorError, GuestError
+from recvirt.errors import CommandError, GuestError
 from recvirt.qemu import stuck
 from recvirt.qemu.argv import (
     CONSOLE_LOG,
@@ -225,7 +225,7 @@ class Vm:
         }
         if again := sorted(found & self._stuck):
             number, vector = again[0]
-            raise EmulatorError(
+            raise stuck.EmulatorError(
                 f"QEMU's emulation lost an interrupt: processor {number} sleeps with vector {vector} in service, so "
                 f"its timer reaches it no more ({self.keep_state()})",
                 hint="the image is not at fault: run it again",

@@ -15,9 +15,10 @@ import pytest
 
 from recvirt.accept import boots
 from recvirt.accept.boots import bytes_written
-from recvirt.errors import EmulatorError, GuestError
+from recvirt.errors import GuestError
 from recvirt.qemu import Disk, MachineSpec, running
 from recvirt.qemu import vm as vm_module
+from recvirt.qemu.stuck import EmulatorError
 from recvirt.qemu.vm import clean_console
 from recvirt.sandbox import ToolsRoot
 
