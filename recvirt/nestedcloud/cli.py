@@ -13,8 +13,10 @@ import click
 from recvirt import __version__
 from recvirt.nestedcloud.client.api import VARIABLE, ApiError
 from recvirt.nestedcloud.client.commands import COMMANDS
-from recvirt.nestedcloud.client.more import MORE
+from recvirt.nestedcloud.client.people_commands import PEOPLE_COMMANDS
+from recvirt.nestedcloud.client.sight_commands import SIGHT_COMMANDS
 from recvirt.nestedcloud.client.storage_commands import STORAGE_COMMANDS
+from recvirt.nestedcloud.client.time_commands import TIME_COMMANDS
 
 #: Exit statuses, one a class of error.
 STATUS_USAGE, STATUS_REFUSED, STATUS_UNREACHABLE, STATUS_CONFIG = 2, 3, 4, 5
@@ -35,7 +37,7 @@ def main_group(project: str | None) -> None:
     """
 
 
-for _command in (*COMMANDS, *STORAGE_COMMANDS, *MORE):
+for _command in (*COMMANDS, *STORAGE_COMMANDS, *TIME_COMMANDS, *PEOPLE_COMMANDS, *SIGHT_COMMANDS):
     main_group.add_command(_command)
 
 

@@ -18,7 +18,7 @@ from django.core.cache import cache
 from recvirt.nestedcloud.central import audit, stream
 from recvirt.nestedcloud.central.models import ApiToken, Event, Membership, Project
 from recvirt.nestedcloud.client.api import Access, Api, ApiError
-from recvirt.nestedcloud.client.more import _line, follow
+from recvirt.nestedcloud.client.sight_commands import _line, follow
 from tests.cloud.conftest import make_user
 
 

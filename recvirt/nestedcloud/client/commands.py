@@ -237,6 +237,17 @@ def operation(uuid: str, wait: bool, timeout: float, as_json: bool) -> None:
         fields(found, as_json=as_json)
 
 
+def plain_verb(group: click.Group, name: str, text: str, path: str, method: str, said: str) -> None:
+    """A verb without an answer on a named thing; ``path`` has a place for its name."""
+
+    def run(name: str) -> None:
+        api().call(method, api().below(path.format(name)))
+        click.echo(f"{name} {said}")
+
+    example = f"\n\n\b\nExample:\n  recvirt-cloud {group.name} {name} office"
+    group.command(name, help=text + example)(click.argument("name")(run))
+
+
 COMMANDS = (
     launch, instances, show, start, stop, reboot, suspend, resume, rescale, delete, snapshot, revert, snapshot_remove,
     operations, operation, images, networks, workers,
