@@ -39,7 +39,7 @@ types: dev
 	$(PYTHON) -m mypy
 
 unit: dev
-	$(PYTHON) -m pytest -q -n auto -m "not slow" tests/unit
+	$(PYTHON) -m pytest -q -n auto -m "not slow" tests/unit tests/cloud
 
 acceptance: host
 	$(RECVIRT) test $(TEST_FLAGS) $(PROFILE)
@@ -47,7 +47,7 @@ acceptance: host
 test: check acceptance
 
 stage-tests: dev
-	$(PYTHON) -m pytest -v tests/stages tests/unit -m slow
+	$(PYTHON) -m pytest -v tests/stages tests/unit tests/cloud -m slow
 	$(PYTHON) -m pytest -v tests/stages -m "not slow"
 
 acceptance-deep: host

@@ -62,8 +62,8 @@ def read_needs(text: str) -> list[Need]:
         words = line.split("#")[0].split()
         if not words:
             continue
-        if len(words) != 3 or words[2] not in ("all", "user", "checkout"):
-            raise ValueError(f"host-packages.txt:{number}: want PACKAGE WHAT all|user|checkout")
+        if len(words) != 3 or words[2] not in ("all", "user", "checkout", "check"):
+            raise ValueError(f"host-packages.txt:{number}: want PACKAGE WHAT all|user|checkout|check")
         needs.append(Need(*words))
     return needs
 

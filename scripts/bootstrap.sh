@@ -4,7 +4,7 @@
 #
 #   scripts/bootstrap.sh          ask before root is used
 #   YES=1 scripts/bootstrap.sh    don't ask (CI)
-#   DEV=1 scripts/bootstrap.sh    also what `make check` needs: linters, type checker, test tools
+#   DEV=1 scripts/bootstrap.sh    also what `make check` needs: linters, type checker, test tools, libvirt's headers
 set -eu
 
 top=$(cd "$(dirname "$0")/.." && pwd)
@@ -29,6 +29,7 @@ missing_packages() {
     while read -r package what who _rest; do
         case $package in ''|'#'*) continue ;; esac
         [ "$who" != user ] || [ "$uid" -ne 0 ] || continue
+        [ "$who" != check ] || [ "${DEV:-}" = 1 ] || continue
         has "$what" || echo "$package"
     done <"$list" | sort -u
 }

@@ -10,18 +10,17 @@ from recvirt.accept.context import Promises
 from recvirt.data import package_list_path
 from recvirt.model import Profile
 from recvirt.rootfs.lists import read_lists
+from recvirt.rootfs.selection import ALWAYS
 
 #: Names below ``build/<profile>/``.
 IMAGE_FACTS = "image.json"
 KERNEL_CONFIG = "kernel_config-config"
-#: Packages of our own that every image gets.
-OWN_PACKAGES = ("recvirt-boot", "recvirt-nested-check")
 
 
 def promises_of(profile: Profile, folder: Path) -> Promises:
     """``folder`` is where the image lies; what is not beside it is not promised. ConfigError for a faulty list."""
     paths = [package_list_path(name) for name in profile.root.package_lists]
-    packages = set(read_lists(paths, profile.root.suite)) | set(profile.root.packages) | set(OWN_PACKAGES)
+    packages = set(read_lists(paths, profile.root.suite)) | set(profile.root.packages) | set(ALWAYS)
     facts = _read_json(folder / IMAGE_FACTS)
     config = folder / KERNEL_CONFIG
     return Promises(

@@ -101,6 +101,7 @@ RULES: tuple[tuple[str, int, Condition], ...] = (
     ("etc/locale.conf", 0o644, _always),
     ("etc/modprobe.d/recvirt-nested.conf", 0o644, lambda f: f.root.nested),
     ("etc/modules-load.d/recvirt.conf", 0o644, lambda f: bool(f.root.modules)),
+    ("etc/postgresql-common/createcluster.d/recvirt.conf", 0o644, lambda f: f.has("postgresql-common")),
     ("etc/recvirt/build.json", 0o644, _always),
     ("etc/recvirt/profile.json", 0o644, _always),
     ("etc/recvirt/nfs.conf", 0o644, _nfs),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+from recvirt.data import data_path
 from recvirt.errors import Problem
 from recvirt.model import Profile
 
@@ -15,13 +16,20 @@ _BASICS = {
     "systemd-resolved": "base", "tzdata": "base",
 }  # fmt: skip
 _FILESYSTEM_PACKAGES = {"ext4": "e2fsprogs", "xfs": "xfsprogs", "btrfs": "btrfs-progs"}
+#: Our own packages that every image has; the others go where a profile names them.
+ALWAYS = ("recvirt-boot", "recvirt-nested-check")
 _DEPENDS = re.compile(r"^(?:Pre-)?Depends:(?P<value>.*(?:\n[ \t].*)*)", re.MULTILINE)
 
 
-def packages_wanted(profile: Profile, listed: Sequence[str], ours_depend_on: Sequence[str]) -> tuple[str, ...]:
-    """The names to install, sorted. ``ours_depend_on`` are the dependencies of the image's own packages."""
+def packages_wanted(
+    profile: Profile, listed: Sequence[str], ours: Collection[str], ours_depend_on: Sequence[str]
+) -> tuple[str, ...]:
+    """The archive's packages to install, sorted. ``ours`` are the image's own, which come from elsewhere;
+    ``ours_depend_on`` is what those depend on.
+    """
     root = profile.root
     names = {"apt", *listed, *root.packages, *ours_depend_on, _FILESYSTEM_PACKAGES[profile.image.filesystem]}
+    names -= set(ours)
     if root.locale.split(".")[0] not in ("C", "POSIX"):
         names.add("locales")
     if root.unattended_upgrades:
@@ -36,11 +44,17 @@ def packages_wanted(profile: Profile, listed: Sequence[str], ours_depend_on: Seq
     return tuple(sorted(names))
 
 
-def depends_of(folder: Path) -> tuple[str, ...]:
-    """What the package folders below ``folder`` depend on: the first of alternatives, without versions."""
+def own_packages(names: Iterable[str]) -> frozenset[str]:
+    """Which packages of ours an image gets that asks for these names."""
+    ours = {path.parent.name for path in data_path("packages").glob("*/DEBIAN")}
+    return frozenset(ours & {*ALWAYS, *names})
+
+
+def depends_of(folder: Path, packages: Collection[str]) -> tuple[str, ...]:
+    """What these package folders below ``folder`` depend on: the first of alternatives, without versions."""
     ours = {path.name for path in folder.iterdir()}
     names: set[str] = set()
-    for control in sorted(folder.glob("*/DEBIAN/control")):
+    for control in sorted(folder / package / "DEBIAN/control" for package in packages):
         for match in _DEPENDS.finditer(control.read_text()):
             for clause in match["value"].replace("\n", " ").split(","):
                 name = re.split(r"[\s(|:\[]", clause.strip(), maxsplit=1)[0]

@@ -1,5 +1,7 @@
 """Builds the Debian packages of our own that go into an image, from the folders in ``recvirt/resources/packages``.
 
+Those in :data:`~recvirt.rootfs.selection.ALWAYS` go into every image, the others into those whose profile names them.
+
 A package folder holds ``DEBIAN/`` (control and maintainer scripts), ``root/`` (the tree as installed), and optionally
 ``changelog`` (Debian's format; its date is the package's epoch), ``links`` (``TARGET NAME`` a line), ``modes``
 (``MODE NAME`` a line, for what is neither 0644 nor, when executable, 0755) and ``src/`` (compiled programs).
@@ -21,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from recvirt.cpio import Entry, newc
-from recvirt.data import data_path
+from recvirt.data import RESOURCES_DIR, data_path, package_list_path
 from recvirt.errors import StageError
+from recvirt.rootfs.lists import read_lists
+from recvirt.rootfs.selection import own_packages
 from recvirt.stages.base import Context, Work
 from recvirt.store import FileRef
 from recvirt.ui import reporter
@@ -57,6 +61,10 @@ ARCHIVES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
             "recvirt-nested-check": "usr/bin/recvirt-nested-check",
         }
     }
+}
+#: Parts of the Python package ``recvirt`` that a package installs: package -> installed path -> which modules.
+PYTHON: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "recvirt-cloud": {"usr/lib/python3/dist-packages/recvirt": ("__init__.py", "py.typed", "nestedcloud/**/*.py")}
 }
 #: Programs that only an archive needs, not the installed package.
 _ONLY_IN_ARCHIVES = frozenset({"usr/lib/recvirt/l2-init"})
@@ -96,9 +104,15 @@ class GuestDebs:
     needs: tuple[str, ...] = ()
 
     def inputs(self, profile: Any, upstream: Mapping[str, str], context: Context) -> GuestDebsInputs:
-        """The package folders' files and the tools' versions; no profile changes these packages."""
-        del profile, upstream
-        return GuestDebsInputs(read_packages(data_path("packages")), context.tools.version_of(*_TOOLS))
+        """The package folders' files and the tools' versions. The profile only says which packages are wanted."""
+        del upstream
+        root = profile.root
+        listed = read_lists([package_list_path(name) for name in root.package_lists], root.suite)
+        wanted = own_packages([*listed, *root.packages])
+        return GuestDebsInputs(
+            tuple(package for package in read_packages(data_path("packages")) if package.name in wanted),
+            context.tools.version_of(*_TOOLS),
+        )
 
     def build(self, inputs: GuestDebsInputs, work: Work) -> None:
         """Write the packages."""
@@ -132,9 +146,20 @@ def read_package(folder: Path) -> PackageSource:
         elif path.is_file():
             executable = bool(path.stat().st_mode & stat.S_IXUSR)
             files.append(SourceFile(name, executable, FileRef.of(path, name)))
+    files += _python_files(folder.name)
     if not any(f.path == "DEBIAN/control" for f in files):
         raise StageError(f"{folder} has no DEBIAN/control", hint="every package needs one: see deb-control(5)")
     return PackageSource(folder.name, tuple(files))
+
+
+def _python_files(package: str) -> list[SourceFile]:
+    files = []
+    for installed, patterns in PYTHON.get(package, {}).items():
+        source = RESOURCES_DIR.parent
+        for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
+            target = f"root/{installed}/{path.relative_to(source).as_posix()}"
+            files.append(SourceFile(target, False, FileRef.of(path, target)))
+    return files
 
 
 def parse_control(text: str, where: str) -> dict[str, str]:

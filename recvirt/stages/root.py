@@ -22,14 +22,17 @@ from recvirt.rootfs.files import IMAGE_KEYRING, Facts, TreeFile, image_sources, 
 from recvirt.rootfs.lists import read_lists
 from recvirt.rootfs.memory import SANDBOX_TMP, workspace
 from recvirt.rootfs.overlay import Overlay, read_overlay, write_devices_tar, write_files_tar, write_overlay_tar
-from recvirt.rootfs.selection import depends_of, missing_basics, packages_wanted
+from recvirt.rootfs.selection import depends_of, missing_basics, own_packages, packages_wanted
 from recvirt.stages.base import Context, Work
 from recvirt.store import FileRef, Upstream
 from recvirt.ui import format_bytes, reporter
 
 _TOOLS = ("mmdebstrap", "debootstrap", "apt", "dpkg", "tar", "coreutils", "perl-base")
 #: Unpacked before any package, because dpkg and maintainer scripts read them.
-_PRESEED = ("etc/initramfs-tools/conf.d/recvirt", "etc/dpkg/dpkg.cfg.d/recvirt")
+_PRESEED = (
+    "etc/initramfs-tools/conf.d/recvirt", "etc/dpkg/dpkg.cfg.d/recvirt",
+    "etc/postgresql-common/createcluster.d/recvirt.conf",
+)  # fmt: skip
 #: A .deb's installed size, roughly; and room for what configuring makes.
 _UNPACKED_RATIO = 4.5
 
@@ -73,7 +76,8 @@ class RootStage:
         """Resolve the packages and render everything. Raises ConfigError with all faults found."""
         root = profile.root
         listed = read_lists([package_list_path(name) for name in root.package_lists], root.suite)
-        names = packages_wanted(profile, listed, depends_of(data_path("packages")))
+        ours = own_packages([*listed, *root.packages])
+        names = packages_wanted(profile, listed, ours, depends_of(data_path("packages"), ours))
         packages = archive_of(root, context).resolve(names, essential=True)
         installed = frozenset(package.name for package in packages)
         if faults := missing_basics(profile, installed):

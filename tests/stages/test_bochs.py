@@ -15,6 +15,7 @@ import pytest
 from recvirt.accept.bochs import run_vmx_check
 from recvirt.archive import Archive
 from recvirt.errors import AcceptanceError, GuestError, MissingToolError
+from recvirt.model import Profile
 from recvirt.sandbox import ToolsRoot
 from recvirt.stages.base import Context, Work
 from recvirt.stages.guest_debs import GuestDebs
@@ -45,7 +46,9 @@ def check_deb(tools: ToolsRoot, tmp_path_factory: pytest.TempPathFactory) -> Pat
         (base / name).mkdir()
     context = Context(tools=tools, cache_dir=base / "cache")
     stage = GuestDebs()
-    stage.build(stage.inputs(None, {}, context), Work(base / "out", base / "scratch", base / "log", context))
+    stage.build(
+        stage.inputs(Profile(name="p"), {}, context), Work(base / "out", base / "scratch", base / "log", context)
+    )
     return base / "out/recvirt-nested-check.deb"
 
 

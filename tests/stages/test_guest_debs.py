@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from recvirt.data import data_path
+from recvirt.model import Profile
 from recvirt.sandbox import ToolsRoot
 from recvirt.stages.base import Context, Work
 from recvirt.stages.guest_debs import PROGRAMS, GuestDebs, compile_argv, read_package
@@ -29,7 +30,9 @@ def build(context: Context, base: Path) -> Path:
     for name in ("out", "scratch"):
         (base / name).mkdir(parents=True)
     stage = GuestDebs()
-    stage.build(stage.inputs(None, {}, context), Work(base / "out", base / "scratch", base / "log", context))
+    stage.build(
+        stage.inputs(Profile(name="p"), {}, context), Work(base / "out", base / "scratch", base / "log", context)
+    )
     return base / "out"
 
 

@@ -17,6 +17,7 @@ from recvirt.accept.bochs import answer_for
 from recvirt.archive import Archive
 from recvirt.cpio import newc
 from recvirt.data import data_path
+from recvirt.model import Profile
 from recvirt.sandbox import ToolsRoot
 from recvirt.stages.base import Context, Work
 from recvirt.stages.guest_debs import PROGRAMS, GuestDebs, archive_entries, compile_argv
@@ -77,7 +78,9 @@ def installed(tools: ToolsRoot, tmp_path_factory: pytest.TempPathFactory) -> Pat
         (base / name).mkdir()
     context = Context(tools=tools, cache_dir=base / "cache")
     stage = GuestDebs()
-    stage.build(stage.inputs(None, {}, context), Work(base / "out", base / "scratch", base / "log", context))
+    stage.build(
+        stage.inputs(Profile(name="p"), {}, context), Work(base / "out", base / "scratch", base / "log", context)
+    )
     tools.run(["dpkg-deb", "--extract", str(base / f"out/{NAME}.deb"), str(base / "tree")], writable=[base])
     return base / "tree"
 

@@ -16,13 +16,14 @@ from click.testing import CliRunner
 
 from recvirt.accept import boots, nfsserver, runner, tinyvm
 from recvirt.accept.context import Acceptance, Options
-from recvirt.accept.promise import OWN_PACKAGES, promises_of
+from recvirt.accept.promise import promises_of
 from recvirt.accept.registry import NEEDS, OPTIONAL_SCENES, SCENES, Check, all_checks, scenes_of, select
 from recvirt.accept.reports import html_page, junit_xml, write_reports
 from recvirt.accept.results import CheckResult, Failed, ImageFacts, Report, Skipped
 from recvirt.cli import cli
 from recvirt.errors import ConfigError, GuestError
 from recvirt.model import Profile
+from recvirt.rootfs.selection import ALWAYS
 from tests.support.fake_guest import FakeGuest, acceptance, guest
 
 
@@ -308,7 +309,7 @@ def test_promises_are_the_lists_the_profile_and_our_own(tmp_path: Path) -> None:
         {"name": "x", "root": {"package_lists": ["nfs"], "packages": ["htop"]}}, strict=False
     )
     found = promises_of(profile, tmp_path)
-    assert {"nfs-common", "htop", *OWN_PACKAGES} <= set(found.packages) and found.kernel_config is None
+    assert {"nfs-common", "htop", *ALWAYS} <= set(found.packages) and found.kernel_config is None
     (tmp_path / "kernel_config-config").write_text("CONFIG_KVM=m\n")
     (tmp_path / "image.json").write_text('{"kernel": {"release": "6.12"}}')
     assert promises_of(profile, tmp_path).kernel_config == "CONFIG_KVM=m\n"

@@ -87,5 +87,5 @@ def test_clean_leaves_what_git_knows() -> None:
 
 
 def test_slow_tests_run_with_the_stages_only() -> None:
-    assert any('-m "not slow" tests/unit' in line for line in recipe("unit"))
-    assert any("tests/unit -m slow" in line for line in recipe("stage-tests"))
+    assert any('-m "not slow" tests/unit tests/cloud' in line for line in recipe("unit"))
+    assert any("tests/unit tests/cloud -m slow" in line for line in recipe("stage-tests"))

@@ -22,6 +22,7 @@ KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIo1pM4cKk1W6hS0ZcPzj5hV4Bd4bZC2QFSYt
 EVERYTHING = frozenset(
     (
         "systemd cloud-init libvirt-daemon-config-network libvirt-clients nfs-common initramfs-tools locales ssl-cert"
+        " postgresql-common"
     ).split()
 )
 BOTH = ["http://archive.example/debian trixie main", "http://sec.example/s trixie-security main"]

@@ -14,7 +14,7 @@ from recvirt.errors import VerificationError
 from recvirt.model import Profile, Root
 from recvirt.rootfs.localrepo import epoch_of, packages_text, read_deb, source_line, write_repo
 from recvirt.rootfs.memory import SANDBOX_TMP, fits_in_memory, sweep, workspace
-from recvirt.rootfs.selection import depends_of, missing_basics, packages_wanted
+from recvirt.rootfs.selection import depends_of, missing_basics, own_packages, packages_wanted
 from recvirt.sandbox import ToolsRoot
 from tests.support.debs import control_text, make_deb
 
@@ -81,17 +81,17 @@ def profile(**root: object) -> Profile:
 
 
 def test_keys_bring_their_packages() -> None:
-    assert packages_wanted(profile(), ["b", "a"], ["dep"]) == ("a", "apt", "b", "dep", "e2fsprogs")
+    assert packages_wanted(profile(), ["b", "a", "own"], ["own"], ["dep"]) == ("a", "apt", "b", "dep", "e2fsprogs")
     more = profile(
         suite="bookworm", locale="de_DE.UTF-8", unattended_upgrades=True, packages=("vim",),
         users=({"name": "ada", "sudo": True},),
     )  # fmt: skip
-    assert {"locales", "unattended-upgrades", "vim", "sudo", "usr-is-merged"} <= set(packages_wanted(more, [], []))
+    assert {"locales", "unattended-upgrades", "vim", "sudo", "usr-is-merged"} <= set(packages_wanted(more, [], [], []))
 
 
 def test_the_kernel_and_the_file_system_bring_theirs() -> None:
     stock = Profile.model_validate({"name": "p", "kernel": "debian", "image": {"filesystem": "xfs"}})
-    assert {"linux-image-cloud-amd64", "initramfs-tools", "xfsprogs"} <= set(packages_wanted(stock, [], []))
+    assert {"linux-image-cloud-amd64", "initramfs-tools", "xfsprogs"} <= set(packages_wanted(stock, [], [], []))
 
 
 def test_dependencies_of_our_packages_are_read(tmp_path: Path) -> None:
@@ -102,11 +102,18 @@ def test_dependencies_of_our_packages_are_read(tmp_path: Path) -> None:
     }.items():
         (tmp_path / name / "DEBIAN").mkdir(parents=True)
         (tmp_path / name / "DEBIAN/control").write_text(text.replace(", ${x}", ""))
-    assert depends_of(tmp_path) == ("a", "b", "d", "e")
+    assert depends_of(tmp_path, ["one", "two", "three"]) == ("a", "b", "d", "e")
 
 
 def test_dependencies_of_the_shipped_packages_are_names() -> None:
-    assert all(name and name == name.strip() for name in depends_of(data_path("packages")))
+    names = depends_of(data_path("packages"), own_packages(["recvirt-cloud"]))
+    assert "python3-django" in names and all(name and name == name.strip() for name in names)
+    assert depends_of(data_path("packages"), own_packages(["vim"])) == ()
+
+
+def test_our_packages_go_where_they_are_named() -> None:
+    assert own_packages(["vim"]) == {"recvirt-boot", "recvirt-nested-check"}
+    assert own_packages(["recvirt-cloud"]) == {"recvirt-boot", "recvirt-nested-check", "recvirt-cloud"}
 
 
 def test_promises_without_packages_are_faults() -> None:

@@ -1,0 +1,5 @@
+"""``python -m recvirt.nestedcloud``."""
+
+from recvirt.nestedcloud.cli import main
+
+main()

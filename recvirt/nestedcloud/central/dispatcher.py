@@ -1,0 +1,110 @@
+"""Tells workers what is to be done, and tells them again when nobody has answered.
+
+A row is claimed in one transaction, and published after it. Killed between the two, the row's lease runs out and it is
+published once more; a worker that gets it twice finds the work done. Owns leases and attempts.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from django.conf import settings
+from django.db import close_old_connections, connection, transaction
+from django.db.models import Q
+from django.utils import timezone
+
+from recvirt.nestedcloud.central import health, schedules, storage_reports
+from recvirt.nestedcloud.central.models import Event, Instance, InstanceState, Operation
+from recvirt.nestedcloud.central.specs import command_of
+from recvirt.nestedcloud.model import Command, Fault, Kind, ModelError, Phase
+
+log = logging.getLogger(__name__)
+
+#: After so many attempts without an answer an operation has failed.
+ATTEMPTS_MAX = 10
+_LEASE_MAX_SECONDS = 900.0
+_BATCH = 50
+
+#: Sends a command to a worker's queue.
+Publish = Callable[[str, Command], None]
+
+
+def tick(publish: Publish) -> int:
+    """Publish what is due; how many operations that were."""
+    count = 0
+    while (claimed := _claim()) is not None:
+        operation, command = claimed
+        if command is not None:
+            publish(str(operation.worker_id), command)
+        count += 1
+        if count >= _BATCH:
+            break
+    return count
+
+
+def _claim() -> tuple[Operation, Command | None] | None:
+    now = timezone.now()
+    due = Q(phase=Phase.QUEUED.value) | Q(phase__in=[Phase.SENT.value, Phase.RUNNING.value], lease_until__lt=now)
+    with transaction.atomic():
+        skip = connection.features.has_select_for_update_skip_locked
+        operation = (
+            Operation.objects.select_for_update(skip_locked=skip, of=("self",) if skip else ())
+            .filter(due, worker__isnull=False)
+            .filter(Q(lease_until__isnull=True) | Q(lease_until__lt=now))
+            .order_by("created")
+            .first()
+        )
+        if operation is None:
+            return None
+        operation.attempt += 1
+        if operation.attempt > ATTEMPTS_MAX:
+            _give_up(operation, f"the worker did not answer {ATTEMPTS_MAX} times")
+            return operation, None
+        seconds = min(settings.CONFIG.lease_seconds * 2 ** (operation.attempt - 1), _LEASE_MAX_SECONDS)
+        operation.lease_until = now + timedelta(seconds=seconds)
+        operation.phase = Phase.SENT.value
+        try:
+            command = command_of(operation)
+        except ModelError as error:
+            _give_up(operation, str(error), Fault.INVALID)
+            return operation, None
+        operation.save()
+        return operation, command
+
+
+def _give_up(operation: Operation, message: str, fault: Fault = Fault.TIMED_OUT) -> None:
+    operation.phase, operation.fault, operation.message = Phase.FAILED.value, fault.value, message
+    operation.finished, operation.lease_until = timezone.now(), None
+    operation.save()
+    if operation.kind in (Kind.LAUNCH, Kind.CLONE) and operation.instance_id is not None:
+        Instance.objects.filter(pk=operation.instance_id).update(state=InstanceState.FAILED)
+    storage_reports.finish(operation, False, {})
+    Event.objects.create(
+        project=operation.project, user=operation.user, kind="operation.failed", subject=operation.uuid,
+        data={"kind": operation.kind, "message": message},
+    )  # fmt: skip
+
+
+def run(publish: Publish, *, pause_seconds: float = 0.5, stop: Callable[[], bool] = lambda: False) -> None:
+    """Until ``stop``. A database or a broker that is away is waited for, and told about once."""
+    trouble = ""
+    while not stop():
+        try:
+            close_old_connections()
+            health.beat(health.DISPATCHER)
+            busy = schedules.fire() + tick(publish)
+            if trouble:
+                log.warning("it works again")
+            trouble = ""
+        except Exception as error:
+            # Whatever is away comes back; the rows wait.
+            busy = 0
+            if str(error) != trouble:
+                trouble = str(error)
+                log.error("nothing can be dispatched: %s: %s", type(error).__name__, error)
+            time.sleep(2.0)
+        if not busy:
+            time.sleep(pause_seconds)

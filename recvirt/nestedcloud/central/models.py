@@ -1,0 +1,55 @@
+"""All tables, under the name where Django looks for them: things (``things``) and what happens (``records``)."""
+
+from __future__ import annotations
+
+from recvirt.nestedcloud.central.records import Event, Firing, Operation, Outcome, Pulse, Reservation, Schedule
+from recvirt.nestedcloud.central.things import (
+    ACTIVE_PHASES,
+    ApiToken,
+    DiskFormat,
+    Filesystem,
+    Image,
+    ImageState,
+    Instance,
+    InstanceState,
+    Membership,
+    Network,
+    NetworkKind,
+    Nic,
+    Project,
+    Role,
+    Row,
+    Volume,
+    VolumeState,
+    Worker,
+    name_validator,
+)
+
+__all__ = [
+    "ACTIVE_PHASES",
+    "ApiToken",
+    "DiskFormat",
+    "Event",
+    "Filesystem",
+    "Firing",
+    "Image",
+    "ImageState",
+    "Instance",
+    "InstanceState",
+    "Membership",
+    "Network",
+    "NetworkKind",
+    "Nic",
+    "Operation",
+    "Outcome",
+    "Project",
+    "Pulse",
+    "Reservation",
+    "Role",
+    "Row",
+    "Schedule",
+    "Volume",
+    "VolumeState",
+    "Worker",
+    "name_validator",
+]

@@ -1,0 +1,170 @@
+"""What workers say changes rows here, and only here. Every report may come late, twice, or from somebody else.
+
+Owns how an operation ends and what an instance then is, and what follows from heartbeats.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from datetime import timedelta
+
+from django.conf import settings
+from django.db import transaction
+from django.utils import timezone
+
+from recvirt.nestedcloud.central import storage_reports
+from recvirt.nestedcloud.central.models import (
+    ACTIVE_PHASES,
+    Event,
+    Instance,
+    InstanceState,
+    Operation,
+    Worker,
+)
+from recvirt.nestedcloud.model import DomainFacts, Heartbeat, Kind, ModelError, Phase, Power, Report, decode
+
+log = logging.getLogger(__name__)
+
+_STATE_OF_POWER = {
+    Power.RUNNING: InstanceState.ON, Power.STOPPED: InstanceState.OFF, Power.SUSPENDED: InstanceState.SUSPENDED,
+    Power.CRASHED: InstanceState.FAILED, Power.ABSENT: InstanceState.FAILED,
+}  # fmt: skip
+
+
+def apply(report: Report) -> bool:
+    """Write a report down; False when it changes nothing any more."""
+    with transaction.atomic():
+        operation = Operation.objects.select_for_update().filter(pk=report.operation).first()
+        if operation is None or str(operation.worker_id) != report.worker:
+            log.warning("a report on %s by %s, who was not asked", report.operation, report.worker)
+            return False
+        # An attempt that was given up may yet succeed, and then it has; but only the last one may fail.
+        stale = report.attempt < operation.attempt and report.phase is not Phase.SUCCEEDED
+        if operation.is_final or stale:
+            return False
+        now = timezone.now()
+        operation.phase = report.phase.value
+        operation.progress = max(0, min(100, report.progress))
+        operation.message = report.message[:2000]
+        operation.started = operation.started or now
+        operation.lease_until = now + timedelta(seconds=settings.CONFIG.lease_seconds)
+        if report.phase.is_final:
+            operation.finished = now
+            operation.lease_until = None
+            operation.fault = report.fault.value if report.fault else ""
+            operation.facts = dict(report.facts)
+            _finish(operation, report)
+            storage_reports.finish(operation, report.phase is Phase.SUCCEEDED, report.facts)
+        operation.save()
+        if report.phase.is_final:
+            Event.objects.create(
+                project=operation.project, user=operation.user, kind=f"operation.{operation.phase}",
+                subject=operation.uuid, data={"kind": operation.kind, "message": operation.message},
+            )  # fmt: skip
+        return True
+
+
+def _finish(operation: Operation, report: Report) -> None:
+    if operation.instance_id is None:
+        return
+    instance = Instance.objects.select_for_update().get(pk=operation.instance_id)
+    kind = Kind(operation.kind)
+    if report.phase is Phase.SUCCEEDED:
+        for name, value in operation.args.get("changes", {}).items():
+            setattr(instance, name, value)
+        if isinstance(report.facts.get("snapshots"), list):
+            instance.snapshots = report.facts["snapshots"]
+    elif kind in (Kind.LAUNCH, Kind.CLONE):
+        instance.state = InstanceState.FAILED
+    instance.promised_vcpus = instance.vcpus_max
+    instance.promised_memory_bytes = instance.memory_max_bytes
+    instance.promised_disk_bytes = instance.disk_bytes
+    if report.phase is Phase.SUCCEEDED:
+        if kind is Kind.DELETE:
+            instance.state, instance.power = InstanceState.DELETED, Power.ABSENT.value
+        else:
+            _see(instance, _domain_of(report))
+    instance.power_seen = timezone.now()
+    instance.save()
+
+
+def _domain_of(report: Report) -> DomainFacts | None:
+    data = report.facts.get("domain")
+    try:
+        return decode(DomainFacts, data) if data is not None else None
+    except ModelError as error:
+        log.warning("report on %s: %s", report.operation, error)
+        return None
+
+
+def _see(instance: Instance, domain: DomainFacts | None) -> None:
+    power = domain.power if domain is not None else Power.ABSENT
+    instance.power = power.value
+    if power in _STATE_OF_POWER:
+        instance.state = _STATE_OF_POWER[power]
+
+
+def heard(beat: Heartbeat) -> list[str]:
+    """Write a heartbeat down, and what follows from it. Returns the domains that nobody here knows.
+
+    A guest that powered off by itself is off. One that ran when its host went down is started again: its owner did not
+    ask for it to stop.
+    """
+    with transaction.atomic():
+        worker = Worker.objects.select_for_update().filter(pk=beat.worker, revoked=False).first()
+        if worker is None:
+            log.warning("a heartbeat of %s, who is no worker here", beat.worker)
+            return []
+        restarted = bool(worker.boot_id) and worker.boot_id != beat.boot_id
+        worker.last_seen = timezone.now()
+        worker.vcpus, worker.memory_bytes, worker.disk_bytes = beat.vcpus, beat.memory_bytes, beat.disk_bytes
+        worker.features, worker.protocol = dict(beat.features), beat.protocol
+    domains = {domain.uuid: domain for domain in beat.domains}
+    known = set()
+    for key in Instance.objects.filter(worker_id=beat.worker).values_list("uuid", flat=True):
+        known.add(str(key))
+        _compare(key, domains.get(str(key)), restarted)
+    # Only now: a crash before this line makes the next heartbeat find the restart once more.
+    worker.boot_id = beat.boot_id
+    worker.save()
+    return sorted(set(domains) - known)
+
+
+def _compare(key: uuid.UUID, domain: DomainFacts | None, restarted: bool) -> None:
+    with transaction.atomic():
+        instance = Instance.objects.select_for_update().get(pk=key)
+        if instance.operations.filter(phase__in=ACTIVE_PHASES).exists():
+            return  # its report will tell
+        settled = timezone.now() - timedelta(seconds=2 * settings.CONFIG.heartbeat_seconds)
+        if instance.power_seen is not None and instance.power_seen > settled:
+            return  # the heartbeat may be older than the operation that has just ended
+        power = domain.power if domain is not None else Power.ABSENT
+        if instance.state in (InstanceState.DELETED, InstanceState.NEW, InstanceState.FAILED):
+            if power.value != instance.power:
+                instance.power = power.value
+                instance.save(update_fields=["power"])
+            return
+        was_on = instance.state == InstanceState.ON
+        if restarted and was_on and power is not Power.RUNNING:
+            _start_again(instance)
+        elif power.value != instance.power:
+            _see(instance, domain)
+            Event.objects.create(
+                project=instance.project, kind="instance.power", subject=instance.uuid,
+                data={"name": instance.name, "power": power.value, "state": instance.state},
+            )  # fmt: skip
+        instance.save()
+
+
+def _start_again(instance: Instance) -> None:
+    instance.generation += 1
+    instance.power = Power.STOPPED.value
+    operation = Operation.objects.create(
+        project=instance.project, instance=instance, worker=instance.worker, kind=Kind.START.value,
+        generation=instance.generation, message="its host was started anew",
+    )  # fmt: skip
+    Event.objects.create(
+        project=instance.project, kind="operation.queued", subject=operation.uuid,
+        data={"kind": Kind.START.value, "instance": str(instance.uuid), "name": instance.name, "why": "host restarted"},
+    )  # fmt: skip

@@ -1,0 +1,201 @@
+"""The API's documents: what is read, and what may be asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rest_framework import serializers
+
+from recvirt.nestedcloud.central.models import (
+    Event,
+    Image,
+    ImageState,
+    Instance,
+    Network,
+    Nic,
+    Operation,
+    Project,
+    Volume,
+    Worker,
+    name_validator,
+)
+from recvirt.nestedcloud.model import GIB, MIB, PRIORITY_DEFAULT, PRIORITY_MAX, PRIORITY_MIN
+
+_USER_DATA_MAX = 65536
+
+
+class ProjectSerializer(serializers.ModelSerializer[Project]):
+    """A project with its quotas."""
+
+    class Meta:
+        model = Project
+        fields = ["uuid", "name", "instances_max", "vcpus_max", "memory_bytes_max", "disk_bytes_max", "created"]
+
+
+class WorkerSerializer(serializers.ModelSerializer[Worker]):
+    """A hypervisor."""
+
+    up = serializers.BooleanField(source="is_up", read_only=True)
+
+    class Meta:
+        model = Worker
+        fields = [
+            "uuid", "name", "up", "draining", "revoked", "last_seen", "vcpus", "memory_bytes", "disk_bytes", "features",
+        ]  # fmt: skip
+
+
+class NetworkSerializer(serializers.ModelSerializer[Network]):
+    """A network."""
+
+    class Meta:
+        model = Network
+        fields = ["uuid", "name", "kind", "cidr", "bridge", "created"]
+
+
+class NicSerializer(serializers.ModelSerializer[Nic]):
+    """A network card."""
+
+    network = serializers.SlugRelatedField[Network](slug_field="name", read_only=True)
+
+    class Meta:
+        model = Nic
+        fields = ["network", "mac", "bandwidth_kib"]
+
+
+class OperationSerializer(serializers.ModelSerializer[Operation]):
+    """Something asked for, and how far it is."""
+
+    instance_name = serializers.CharField(source="instance.name", read_only=True, default=None)
+    volume_name = serializers.CharField(source="volume.name", read_only=True, default=None)
+    image_name = serializers.CharField(source="image.name", read_only=True, default=None)
+
+    class Meta:
+        model = Operation
+        fields = [
+            "uuid", "kind", "phase", "progress", "message", "fault", "instance", "instance_name", "volume_name",
+            "image_name", "attempt", "facts", "created", "started", "finished",
+        ]  # fmt: skip
+
+
+class InstanceSerializer(serializers.ModelSerializer[Instance]):
+    """An instance, and the operation that is being done to it."""
+
+    image = serializers.SlugRelatedField[Image](slug_field="name", read_only=True)
+    worker = serializers.SlugRelatedField[Worker](slug_field="name", read_only=True)
+    nics = NicSerializer(many=True, read_only=True)
+    volumes = serializers.SlugRelatedField[Volume](slug_field="name", many=True, read_only=True)
+    operation = serializers.SerializerMethodField()
+
+    def get_operation(self, instance: Instance) -> dict[str, Any] | None:
+        """The active one."""
+        active = next((item for item in instance.operations.all() if not item.is_final), None)
+        return dict(OperationSerializer(active).data) if active is not None else None
+
+    class Meta:
+        model = Instance
+        fields = [
+            "uuid", "name", "state", "power", "operation", "image", "worker", "vcpus", "vcpus_max", "memory_bytes",
+            "memory_max_bytes", "disk_bytes", "priority", "nest", "nics", "volumes", "ssh_keys", "snapshots", "created",
+        ]  # fmt: skip
+
+
+class EventSerializer(serializers.ModelSerializer[Event]):
+    """What happened, and who did it."""
+
+    user = serializers.CharField(source="user.username", read_only=True, default=None)
+
+    class Meta:
+        model = Event
+        fields = ["id", "at", "kind", "subject", "user", "data"]
+
+
+class Strict(serializers.Serializer[Any]):
+    """Refuses fields that it does not know: a misspelt one must not be ignored."""
+
+    def to_internal_value(self, data: Any) -> Any:
+        """The validated fields."""
+        if isinstance(data, dict) and (unknown := sorted(set(data) - set(self.fields))):
+            raise serializers.ValidationError({name: ["there is no such field"] for name in unknown})
+        return super().to_internal_value(data)
+
+
+class _Size(Strict):
+    vcpus = serializers.IntegerField(min_value=1, max_value=512, required=False)
+    vcpus_max = serializers.IntegerField(min_value=1, max_value=512, required=False)
+    memory_bytes = serializers.IntegerField(min_value=32 * MIB, required=False)
+    memory_max_bytes = serializers.IntegerField(min_value=32 * MIB, required=False)
+    disk_bytes = serializers.IntegerField(min_value=MIB, required=False)
+    priority = serializers.IntegerField(min_value=PRIORITY_MIN, max_value=PRIORITY_MAX, required=False)
+
+
+class LaunchSerializer(_Size):
+    """A new instance. ``context["project"]`` says whose images and networks may be named."""
+
+    name = serializers.CharField(max_length=63, validators=[name_validator], trim_whitespace=False)
+    image = serializers.CharField()
+    networks = serializers.ListField(child=serializers.CharField(), required=False, max_length=8)
+    nest = serializers.BooleanField(default=False)
+    ssh_keys = serializers.ListField(child=serializers.CharField(max_length=16384), default=list, max_length=64)
+    user_data = serializers.CharField(allow_blank=True, default="", max_length=_USER_DATA_MAX, trim_whitespace=False)
+    reservation = serializers.UUIDField(required=False)
+
+    def validate_ssh_keys(self, keys: list[str]) -> list[str]:
+        """One line each."""
+        if any("\n" in key or "\r" in key for key in keys):
+            raise serializers.ValidationError("an SSH key is one line")
+        return keys
+
+    def validate_image(self, text: str) -> Image:
+        """The project's own image of that name, or the public one."""
+        project: Project = self.context["project"]
+        ready = Image.objects.filter(name=text, state=ImageState.READY)
+        found = ready.filter(project=project).first() or ready.filter(project=None).first()
+        if found is None:
+            raise serializers.ValidationError(f"there is no image called {text}")
+        return found
+
+    def validate_networks(self, names: list[str]) -> list[Network]:
+        """The project's own networks."""
+        project: Project = self.context["project"]
+        found = {network.name: network for network in project.networks.filter(name__in=names)}
+        if missing := sorted(set(names) - set(found)):
+            raise serializers.ValidationError(f"there is no network called {', '.join(missing)}")
+        return [found[name] for name in names]
+
+    def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
+        """With defaults: one vCPU, 512 MiB, the image's own size, room to double what it starts with."""
+        attrs.setdefault("vcpus", 1)
+        attrs.setdefault("vcpus_max", max(attrs["vcpus"], min(2 * attrs["vcpus"], 512)))
+        attrs.setdefault("memory_bytes", 512 * MIB)
+        attrs.setdefault("memory_max_bytes", 2 * attrs["memory_bytes"])
+        attrs.setdefault("disk_bytes", max(attrs["image"].virtual_bytes, GIB))
+        attrs.setdefault("priority", PRIORITY_DEFAULT)
+        return attrs
+
+
+class RescaleSerializer(_Size):
+    """What is to be changed. ``restart`` allows what can't be done to a running guest."""
+
+    restart = serializers.BooleanField(default=False)
+
+    def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
+        """At least one change."""
+        if not set(attrs) - {"restart"}:
+            raise serializers.ValidationError("nothing is to be changed")
+        return attrs
+
+
+class StopSerializer(Strict):
+    """``graceful_seconds`` is what the guest gets to power off by itself; 0 takes the power away at once."""
+
+    graceful_seconds = serializers.FloatField(min_value=0, max_value=3600, required=False)
+
+
+class SnapshotSerializer(Strict):
+    """The name of a snapshot."""
+
+    snapshot = serializers.CharField(max_length=63, validators=[name_validator])
+
+
+class NothingSerializer(Strict):
+    """No fields."""

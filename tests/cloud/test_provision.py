@@ -1,0 +1,182 @@
+"""The first set-up: what is made once, what is made again, who may read it, and where a secret never stands."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from recvirt.nestedcloud import provision
+from recvirt.nestedcloud.central import config as central_config
+from recvirt.nestedcloud.provision import Machine, ProvisionError, password_hash, permissions
+from recvirt.nestedcloud.worker import service
+
+
+class Programs:
+    """Stands in for the programs of a machine, and keeps what it was asked."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.calls: list[tuple[tuple[str, ...], str, str | None]] = []
+        self.users = {"guest": password_hash("guest")}
+        self.permissions: dict[str, str] = {}
+        self.clusters = ""
+        self.rows: set[str] = set()
+        self.fails: tuple[str, int] | None = None
+
+    def __call__(self, argv: Sequence[str], text: str, user: str | None) -> str:
+        self.calls.append((tuple(argv), text, user))
+        words = " ".join(argv)
+        if self.fails is not None and self.fails[0] in words:
+            raise ProvisionError(f"{argv[0]}: broken", self.fails[1])
+        if argv[0] == "openssl":
+            for option in ("-keyout", "-out"):
+                Path(argv[argv.index(option) + 1]).write_text("pem")
+        elif argv[0] == "pg_lsclusters":
+            return self.clusters
+        elif argv[0] == "pg_createcluster":
+            self.clusters = "17 main 5432 online\n"
+        elif argv[0] in ("createuser", "createdb"):
+            self.rows.add(argv[0])
+        elif argv[0] == "psql":
+            return "1\n" if ("createuser" if "pg_roles" in words else "createdb") in self.rows else "\n"
+        elif tuple(argv[: len(provision.RABBITMQCTL)]) == provision.RABBITMQCTL:
+            return self._broker(argv[len(provision.RABBITMQCTL) :])
+        return ""
+
+    def _broker(self, argv: Sequence[str]) -> str:
+        if argv[0] == "import_definitions":
+            said = json.loads(Path(argv[1]).read_text())
+            self.users |= {item["name"]: item["password_hash"] for item in said["users"]}
+            self.permissions = {item["user"]: item["read"] for item in said["permissions"]}
+        if argv[0] == "delete_user":
+            del self.users[argv[1]]
+        return ""
+
+    def can_log_in(self, url: str) -> bool:
+        """As RabbitMQ does: the salt is the first four bytes."""
+        parts = urlsplit(url)
+        raw = base64.b64decode(self.users.get(parts.username or "", ""))
+        return raw[4:] == hashlib.sha256(raw[:4] + (parts.password or "").encode()).digest()
+
+    def named(self, program: str) -> list[tuple[str, ...]]:
+        return [argv for argv, _, _ in self.calls if argv[0] == program]
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Programs:
+    (tmp_path / "usr/lib/postgresql/17").mkdir(parents=True)
+    return Programs(tmp_path)
+
+
+@pytest.fixture
+def machine(programs: Programs) -> Machine:
+    (programs.root / "run").mkdir()
+    owner = (os.geteuid(), os.getegid())
+    return Machine(programs.root, programs, lambda _user: owner, lambda _text: None, programs.can_log_in)
+
+
+def test_both_services_can_read_their_configuration_afterwards(machine: Machine) -> None:
+    provision.setup(machine)
+    central = central_config.load(machine.central)
+    worker = service.load(machine.worker)
+    assert central.cloud == worker.cloud and worker.domain_type == "kvm"
+    assert len(central.secret_key) > 40
+    assert central.broker.startswith("amqp://central:") and worker.broker.startswith(f"amqp://{worker.uuid}:")
+
+
+def test_again_changes_nothing(machine: Machine, programs: Programs) -> None:
+    provision.setup(machine)
+    files = {path: path.read_bytes() for path in machine.etc.rglob("*") if path.is_file()}
+    programs.calls.clear()
+    provision.setup(machine)
+    assert {path: path.read_bytes() for path in machine.etc.rglob("*") if path.is_file()} == files
+    made = ("openssl", "pg_createcluster", "createuser", "createdb", "recvirt-nested-check")
+    assert not [argv for argv, _, _ in programs.calls if argv[0] in made]
+
+
+@pytest.mark.parametrize(
+    "step", ["openssl", "pg_createcluster", "createuser", "createdb", "import_definitions", "delete_user",
+             "central migrate", "central init"]
+)  # fmt: skip
+def test_a_run_that_was_cut_short_is_finished_by_the_next(machine: Machine, programs: Programs, step: str) -> None:
+    programs.fails = (step, 1)
+    with pytest.raises(ProvisionError):
+        provision.setup(machine)
+    programs.fails = None
+    provision.setup(machine)
+    assert set(programs.users) == {"central", service.load(machine.worker).uuid}
+    assert not list((machine.root / "run").iterdir())
+    assert programs.rows == {"createuser", "createdb"}
+    assert not list(machine.etc.rglob(".*"))
+
+
+def test_no_secret_stands_on_a_command_line_or_is_open_to_others(machine: Machine, programs: Programs) -> None:
+    told: list[str] = []
+    provision.setup(replace(machine, tell=told.append))
+    secrets = [(machine.etc / "secret-key").read_text()]
+    for path in (machine.central, machine.worker):
+        secrets.append(provision.read(path)["broker"].split(":")[2].split("@")[0])
+    said = [" ".join(argv) for argv, _, _ in programs.calls] + told
+    assert not [secret for secret in secrets if any(secret in line for line in said)]
+    assert len(set(secrets)) == 3
+    for path in (machine.etc / "secret-key", machine.central, machine.worker):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640, path
+
+
+def test_the_broker_knows_both_accounts_and_loses_its_guest(machine: Machine, programs: Programs) -> None:
+    provision.setup(machine)
+    worker = service.load(machine.worker)
+    for url in (worker.broker, central_config.load(machine.central).broker):
+        assert programs.can_log_in(url)
+    assert not programs.can_log_in("amqp://guest:guest@127.0.0.1:5672//")
+    assert programs.permissions[worker.uuid] == permissions(worker.uuid)[2]
+
+
+def test_a_broker_that_lost_its_data_gets_the_same_accounts_again(machine: Machine, programs: Programs) -> None:
+    provision.setup(machine)
+    programs.users = {"guest": password_hash("guest")}
+    provision.setup(machine)
+    assert programs.can_log_in(service.load(machine.worker).broker) and "guest" not in programs.users
+
+
+def test_a_worker_reaches_its_own_queue_and_the_inbox_of_the_central_node() -> None:
+    import re
+
+    own, other = "11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222"
+    configure, send, receive = (re.compile(text) for text in permissions(own))
+    assert configure.search(f"worker.{own}") and receive.search(f"worker.{own}") and send.search("central")
+    for name in (f"worker.{other}", "central", f"worker.{own}x", f"x.worker.{own}"):
+        assert not receive.search(name) and not configure.search(name), name
+    assert not send.search(f"worker.{other}")
+
+
+@pytest.mark.parametrize(("status", "kind"), [(14, "kvm"), (10, "qemu"), (11, "qemu"), (13, "qemu"), (1, "qemu")])
+def test_vms_run_under_kvm_only_where_one_was_seen_to(
+    machine: Machine, programs: Programs, status: int, kind: str
+) -> None:
+    programs.fails = ("recvirt-nested-check", status)
+    assert provision.domain_type(machine) == kind
+
+
+def test_a_cluster_that_is_there_is_taken(machine: Machine, programs: Programs) -> None:
+    programs.clusters = "16 main 5432 down\n"
+    provision.setup(machine)
+    assert not programs.named("pg_createcluster")
+    assert ("systemctl", "start", "postgresql@16-main.service") in programs.named("systemctl")
+
+
+def test_a_program_that_is_not_there_is_named() -> None:
+    with pytest.raises(ProvisionError, match="recvirt-absent is not installed"):
+        provision.run_program(["recvirt-absent"], "", None)
+    with pytest.raises(ProvisionError, match="status 3") as caught:
+        provision.run_program(["sh", "-c", "exit 3"], "", None)
+    assert caught.value.status == 3
