@@ -64,7 +64,8 @@ def test_an_image_that_names_other_files_or_lies_is_refused(data: bytes, words: 
 
 def test_an_extension_that_names_nothing_is_passed_over() -> None:
     names = struct.pack(">II", 0x6803F857, 5) + b"names" + bytes(3)
-    read(header(extensions=names + struct.pack(">II", 0, 0)))
+    found = read_header(io.BytesIO(header(extensions=names + struct.pack(">II", 0, 0))))
+    assert found.virtual_bytes == GIB
 
 
 def test_an_extension_behind_a_harmless_one_is_found() -> None:

@@ -7,11 +7,8 @@ from typing import Any
 
 import click
 
-from recvirt.nestedcloud.client.commands import SIZE, api, plain_verb
+from recvirt.nestedcloud.client.commands import SIZE, api, json_option, plain_verb
 from recvirt.nestedcloud.client.output import cell, fields, human_bytes, table
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_FOLLOW_PAUSE_SECONDS = 2.0
 
 
 @click.group()

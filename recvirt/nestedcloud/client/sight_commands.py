@@ -11,10 +11,9 @@ from typing import Any
 import click
 
 from recvirt.nestedcloud.client.api import Access, Api, ApiError, access_path, save_access
-from recvirt.nestedcloud.client.commands import api
+from recvirt.nestedcloud.client.commands import api, json_option
 from recvirt.nestedcloud.client.output import fields, human_bytes
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _FOLLOW_PAUSE_SECONDS = 2.0
 
 

@@ -9,12 +9,8 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import click
 
-from recvirt.nestedcloud.client.commands import SIZE, api, plain_verb
+from recvirt.nestedcloud.client.commands import SIZE, api, json_option, plain_verb
 from recvirt.nestedcloud.client.output import fields, table
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_FOLLOW_PAUSE_SECONDS = 2.0
-
 
 if TYPE_CHECKING:
     _Text = click.ParamType[str]
