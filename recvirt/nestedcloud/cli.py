@@ -148,13 +148,13 @@ def dispatch() -> None:
     import threading
 
     from recvirt.nestedcloud.central import config, dispatcher
-    from recvirt.nestedcloud.queue import Sender, make_app
+    from recvirt.nestedcloud.queue import Sender
 
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     settings = config.load()
-    dispatcher.run(Sender(make_app(settings.broker), settings.broker).command, stop=stop.is_set)
+    dispatcher.run(Sender(settings.broker).command, stop=stop.is_set)
 
 
 @central.command()

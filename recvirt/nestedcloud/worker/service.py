@@ -19,7 +19,6 @@ from recvirt.nestedcloud import spool
 from recvirt.nestedcloud.model import Command, ModelError, check_name, check_uuid, decode
 from recvirt.nestedcloud.queue import EXECUTE, Sender, make_app, worker_queue
 from recvirt.nestedcloud.worker.agent import Agent, BusyError
-from recvirt.nestedcloud.worker.errors import ActionError
 from recvirt.nestedcloud.worker.host import Host
 from recvirt.nestedcloud.worker.hypervisor import Hypervisor
 from recvirt.nestedcloud.worker.storage import QemuStorage, SparseStorage
@@ -110,7 +109,7 @@ class Service:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.app: Celery = make_app(config.broker, (worker_queue(config.uuid),))
-        self.sender = Sender(self.app, config.broker)
+        self.sender = Sender(config.broker)
         self._stopping = threading.Event()
         self._agents: dict[int, Agent] = {}
         self._connection: Any = None
@@ -151,10 +150,12 @@ class Service:
             try:
                 self.sender.heartbeat(self.agent().heartbeat(), expires_seconds=3 * seconds)
                 trouble = ""
-            except (ActionError, OSError) as error:
+            except Exception as error:
+                # Whatever it is (each transport has errors of its own), the next one may come through: a worker whose
+                # thread has ended would pass for lost as long as it runs.
                 if str(error) != trouble:
                     trouble = str(error)
-                    log.error("no heartbeat: %s", error)
+                    log.error("no heartbeat: %s: %s", type(error).__name__, error)
             self._stopping.wait(seconds)
 
     def run(self) -> None:
