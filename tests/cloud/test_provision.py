@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,8 +15,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from recvirt.data import data_path
 from recvirt.nestedcloud import provision
 from recvirt.nestedcloud.central import config as central_config
+from recvirt.nestedcloud.central.bodies import BODY_BYTES_MAX
 from recvirt.nestedcloud.provision import Machine, ProvisionError, password_hash, permissions
 from recvirt.nestedcloud.worker import service
 
@@ -180,3 +183,10 @@ def test_a_program_that_is_not_there_is_named() -> None:
     with pytest.raises(ProvisionError, match="status 3") as caught:
         provision.run_program(["sh", "-c", "exit 3"], "", None)
     assert caught.value.status == 3
+
+
+def test_the_front_lets_through_what_the_api_takes() -> None:
+    text = data_path("packages", "recvirt-cloud", "root", "usr", "share", "recvirt-cloud", "nginx.conf").read_text()
+    found = re.search(r"client_max_body_size (\d+)k;", text)
+    assert found is not None
+    assert int(found[1]) * 1024 == BODY_BYTES_MAX
