@@ -7,6 +7,7 @@ Nothing secret is in an image; all of it is made here. Owns the order of the ste
 from __future__ import annotations
 
 import base64
+import grp
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from typing import Any
 from recvirt.nestedcloud.model import NAME
 
 CENTRAL_USER, WORKER_USER, BROKER_USER = "recvirt-central", "recvirt-worker", "rabbitmq"
+SPOOL_GROUP = "recvirt-spool"
 #: The central node's account at the broker; each worker has its UUID for one.
 BROKER_CENTRAL = "central"
 #: Every host has the same node name: the broker's data carry it.
@@ -93,6 +95,7 @@ class Machine:
     owner_of: Callable[[str], tuple[int, int]] = field(default=lambda user: pwd.getpwnam(user)[2:4])
     tell: Callable[[str], None] = print
     can_log_in: Callable[[str], bool] = can_log_in
+    group_of: Callable[[str], int] = field(default=lambda group: grp.getgrnam(group).gr_gid)
 
     @property
     def etc(self) -> Path:
@@ -103,6 +106,11 @@ class Machine:
     def state(self) -> Path:
         """What the central node keeps beside its database."""
         return self.root / "var/lib/recvirt-cloud"
+
+    @property
+    def spool(self) -> Path:
+        """Uploads on their way from the API to the worker here."""
+        return self.root / "var/lib/recvirt-cloud-spool"
 
     @property
     def central(self) -> Path:
@@ -162,19 +170,19 @@ def domain_type(machine: Machine) -> str:
 
 
 def ensure_folders(machine: Machine) -> None:
-    """The two mounts' folders, for the worker; the state, for the central node."""
+    """The two mounts' folders, for the worker; the state, for the central node; the spool, for both."""
     # Whoever runs a service may look here; the files themselves say who reads which.
     machine.etc.mkdir(parents=True, exist_ok=True)
     machine.etc.chmod(0o755)
-    for path, user, mode in (
-        (machine.state, CENTRAL_USER, 0o750),
-        (machine.root / "var/lib/recvirt/images", WORKER_USER, 0o2771),
-        (machine.root / "var/lib/recvirt/blocks", WORKER_USER, 0o2771),
+    for path, user, group, mode in (
+        (machine.state, CENTRAL_USER, CENTRAL_USER, 0o750),
+        (machine.spool, CENTRAL_USER, SPOOL_GROUP, 0o2770),
+        (machine.root / "var/lib/recvirt/images", WORKER_USER, WORKER_USER, 0o2771),
+        (machine.root / "var/lib/recvirt/blocks", WORKER_USER, WORKER_USER, 0o2771),
     ):
         path.mkdir(parents=True, exist_ok=True)
-        uid, gid = machine.owner_of(user)
         if os.geteuid() == 0:
-            os.chown(path, uid, gid)
+            os.chown(path, machine.owner_of(user)[0], machine.group_of(group))
         path.chmod(mode)
 
 
@@ -285,6 +293,11 @@ def _broker_url(user: str, password: str) -> str:
     return f"amqp://{user}:{password}@127.0.0.1:5672//"
 
 
+def _complete(machine: Machine, path: Path, before: Mapping[str, Any], wanted: Mapping[str, Any], reader: str) -> None:
+    if not set(wanted) <= set(before):
+        write(machine, path, toml({**wanted, **before}), reader=reader)
+
+
 def configure(machine: Machine) -> dict[str, str]:
     """Both configurations, with secrets of their own; the broker's passwords by account."""
     before_central, before_worker = read(machine.central), read(machine.worker)
@@ -297,19 +310,18 @@ def configure(machine: Machine) -> dict[str, str]:
     key_path = machine.etc / "secret-key"
     if not key_path.exists():
         write(machine, key_path, secrets.token_urlsafe(48), reader=CENTRAL_USER)
-    if not before_worker:
-        write(machine, machine.worker, toml({
-            "uuid": worker, "name": own_name(), "cloud": cloud, "broker": _broker_url(worker, passwords[worker]),
-            "libvirt": "qemu:///system", "domain_type": domain_type(machine),
-            "images_dir": "/var/lib/recvirt/images", "blocks_dir": "/var/lib/recvirt/blocks",
-            "run_dir": "/run/recvirt-worker",
-        }), reader=WORKER_USER)  # fmt: skip
-    if not before_central:
-        write(machine, machine.central, toml({
-            "cloud": cloud, "database": f"postgresql:{CENTRAL_USER}",
-            "broker": _broker_url(BROKER_CENTRAL, passwords[BROKER_CENTRAL]), "secret_key_path": str(key_path),
-            "state_dir": str(machine.state), "allowed_hosts": ["*"],
-        }), reader=CENTRAL_USER)  # fmt: skip
+    # What an older version wrote keeps its values, and gets those that it did not know.
+    _complete(machine, machine.worker, before_worker, {
+        "uuid": worker, "name": own_name(), "cloud": cloud, "broker": _broker_url(worker, passwords[worker]),
+        "libvirt": "qemu:///system", "domain_type": before_worker.get("domain_type") or domain_type(machine),
+        "images_dir": "/var/lib/recvirt/images", "blocks_dir": "/var/lib/recvirt/blocks",
+        "run_dir": "/run/recvirt-worker", "spool_dir": str(machine.spool),
+    }, WORKER_USER)  # fmt: skip
+    _complete(machine, machine.central, before_central, {
+        "cloud": cloud, "database": f"postgresql:{CENTRAL_USER}",
+        "broker": _broker_url(BROKER_CENTRAL, passwords[BROKER_CENTRAL]), "secret_key_path": str(key_path),
+        "state_dir": str(machine.state), "spool_dir": str(machine.spool), "allowed_hosts": ["*"],
+    }, CENTRAL_USER)  # fmt: skip
     return passwords
 
 

@@ -84,7 +84,9 @@ def programs(tmp_path: Path) -> Programs:
 def machine(programs: Programs) -> Machine:
     (programs.root / "run").mkdir()
     owner = (os.geteuid(), os.getegid())
-    return Machine(programs.root, programs, lambda _user: owner, lambda _text: None, programs.can_log_in)
+    return Machine(
+        programs.root, programs, lambda _user: owner, lambda _text: None, programs.can_log_in, lambda _group: owner[1]
+    )
 
 
 def test_both_services_can_read_their_configuration_afterwards(machine: Machine) -> None:
@@ -183,6 +185,24 @@ def test_a_program_that_is_not_there_is_named() -> None:
     with pytest.raises(ProvisionError, match="status 3") as caught:
         provision.run_program(["sh", "-c", "exit 3"], "", None)
     assert caught.value.status == 3
+
+
+def test_api_and_worker_share_a_folder_for_uploads(machine: Machine) -> None:
+    provision.setup(machine)
+    spool = central_config.load(machine.central).spool
+    assert Path(service.load(machine.worker).spool_dir) == spool == machine.spool
+    assert stat.S_IMODE(spool.stat().st_mode) == 0o2770
+
+
+def test_an_older_configuration_keeps_its_values_and_gets_what_it_lacks(machine: Machine) -> None:
+    provision.setup(machine)
+    text = machine.worker.read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("spool_dir")]
+    machine.worker.write_text("\n".join([*lines, "concurrency = 9", ""]).replace('"kvm"', '"qemu"'))
+    provision.setup(machine)
+    found = service.load(machine.worker)
+    assert (found.concurrency, found.domain_type) == (9, "qemu")
+    assert found.spool_dir == str(machine.spool)
 
 
 def test_the_front_lets_through_what_the_api_takes() -> None:
