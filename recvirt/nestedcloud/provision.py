@@ -26,7 +26,8 @@ from typing import Any
 from recvirt.nestedcloud.model import NAME
 
 CENTRAL_USER, WORKER_USER, BROKER_USER = "recvirt-central", "recvirt-worker", "rabbitmq"
-SPOOL_GROUP = "recvirt-spool"
+#: Who may see uploads, and who (QEMU) may use disks and images.
+SPOOL_GROUP, DISKS_GROUP = "recvirt-spool", "recvirt-disks"
 #: The central node's account at the broker; each worker has its UUID for one.
 BROKER_CENTRAL = "central"
 #: Every host has the same node name: the broker's data carry it.
@@ -177,8 +178,8 @@ def ensure_folders(machine: Machine) -> None:
     for path, user, group, mode in (
         (machine.state, CENTRAL_USER, CENTRAL_USER, 0o750),
         (machine.spool, CENTRAL_USER, SPOOL_GROUP, 0o2770),
-        (machine.root / "var/lib/recvirt/images", WORKER_USER, WORKER_USER, 0o2771),
-        (machine.root / "var/lib/recvirt/blocks", WORKER_USER, WORKER_USER, 0o2771),
+        (machine.root / "var/lib/recvirt/images", WORKER_USER, DISKS_GROUP, 0o2771),
+        (machine.root / "var/lib/recvirt/blocks", WORKER_USER, DISKS_GROUP, 0o2771),
     ):
         path.mkdir(parents=True, exist_ok=True)
         if os.geteuid() == 0:

@@ -92,6 +92,7 @@ def make_agent(config: Config, *, connection: Any = None) -> Agent:
     host = Host(
         config.cloud, domain_type, Path(config.images_dir), Path(config.blocks_dir), cgroup,
         spool_dir=Path(config.spool_dir) if config.spool_dir else None, fetch_allow=config.fetch_networks,
+        keeps_files=os.geteuid() != 0,
     )  # fmt: skip
     for folder in (host.images_dir, host.blocks_dir, Path(config.run_dir)):
         folder.mkdir(parents=True, exist_ok=True)

@@ -61,13 +61,18 @@ class Limits:
                 "--core=0", "--"]  # fmt: skip
 
 
+#: What a guest writes to; everything else is only read by QEMU.
+DISK_MODE = 0o660
+
+
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to; renamed to ``path`` at the end, or removed."""
+def whole_file(path: Path, mode: int = 0o640) -> Iterator[Path]:
+    """A name to write to; renamed to ``path`` at the end, or removed. Its group is whom QEMU runs as."""
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
         yield part
         with part.open("rb") as stream:
+            os.fchmod(stream.fileno(), mode)
             os.fsync(stream.fileno())
         part.rename(path)
         sync_folder(path.parent)
@@ -134,7 +139,7 @@ class SparseStorage(_Common):
         """See :class:`Storage`."""
         path = self.host.disk_path(spec.root.uuid, spec.root.format)
         if not path.exists():
-            with whole_file(path) as part, part.open("wb") as stream:
+            with whole_file(path, DISK_MODE) as part, part.open("wb") as stream:
                 stream.truncate(spec.root.size_bytes)
 
     def grow(self, disk: DiskSpec) -> bool:
@@ -166,7 +171,7 @@ class QemuStorage(_Common):
         if not base.is_file():
             raise ActionError(Fault.NOT_FOUND, f"the image {spec.root.image} is not on this host")
         check_room(self.host.blocks_dir, 0)
-        with whole_file(path) as part:
+        with whole_file(path, DISK_MODE) as part:
             words = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(base)]
             self._run([*words, str(part), str(spec.root.size_bytes)])
 
