@@ -215,7 +215,10 @@ def cloud_reverts_to_a_snapshot(guest: Guest) -> str:
 def _device(guest: Guest) -> str:
     """The volume in the instance, by its serial number."""
     serial = cloud(guest, "volume", "show", VOLUME)["uuid"].replace("-", "")[:20]
-    look = f'cd /sys/class/block && for d in vd?; do [ "$(cat $d/serial)" = {serial} ] && echo /dev/$d; done; mkdir -p /mnt'
+    look = (
+        "mkdir -p /mnt; cd /sys/class/block; "
+        f'for d in vd?; do [ "$(cat $d/serial)" = {serial} ] && echo /dev/$d; done; true'
+    )
     return str(wait_for(guest, "the volume in the instance", lambda: inside(guest, look)))
 
 
