@@ -114,6 +114,11 @@ class Machine:
         return self.root / "var/lib/recvirt-cloud-spool"
 
     @property
+    def logs(self) -> Path:
+        """What serial consoles have said."""
+        return self.root / "var/log/recvirt-cloud"
+
+    @property
     def central(self) -> Path:
         """The central node's configuration."""
         return self.etc / "central.toml"
@@ -171,13 +176,15 @@ def domain_type(machine: Machine) -> str:
 
 
 def ensure_folders(machine: Machine) -> None:
-    """The two mounts' folders, for the worker; the state, for the central node; the spool, for both."""
+    """The two mounts' folders, for the worker; the state, for the central node; the spool, for both; logs."""
     # Whoever runs a service may look here; the files themselves say who reads which.
     machine.etc.mkdir(parents=True, exist_ok=True)
     machine.etc.chmod(0o755)
     for path, user, group, mode in (
         (machine.state, CENTRAL_USER, CENTRAL_USER, 0o750),
         (machine.spool, CENTRAL_USER, SPOOL_GROUP, 0o2770),
+        # virtlogd writes there as root; what an instance left is the worker's to remove.
+        (machine.logs, WORKER_USER, WORKER_USER, 0o750),
         (machine.root / "var/lib/recvirt/images", WORKER_USER, DISKS_GROUP, 0o2771),
         (machine.root / "var/lib/recvirt/blocks", WORKER_USER, DISKS_GROUP, 0o2771),
     ):
@@ -317,6 +324,7 @@ def configure(machine: Machine) -> dict[str, str]:
         "libvirt": "qemu:///system", "domain_type": before_worker.get("domain_type") or domain_type(machine),
         "images_dir": "/var/lib/recvirt/images", "blocks_dir": "/var/lib/recvirt/blocks",
         "run_dir": "/run/recvirt-worker", "spool_dir": str(machine.spool),
+        "log_dir": str(machine.logs),
     }, WORKER_USER)  # fmt: skip
     _complete(machine, machine.central, before_central, {
         "cloud": cloud, "database": f"postgresql:{CENTRAL_USER}",

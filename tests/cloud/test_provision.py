@@ -194,6 +194,12 @@ def test_api_and_worker_share_a_folder_for_uploads(machine: Machine) -> None:
     assert stat.S_IMODE(spool.stat().st_mode) == 0o2770
 
 
+def test_the_worker_can_remove_what_consoles_said(machine: Machine) -> None:
+    provision.setup(machine)
+    assert Path(service.load(machine.worker).log_dir) == machine.logs
+    assert machine.logs.is_dir()
+
+
 def test_an_older_configuration_keeps_its_values_and_gets_what_it_lacks(machine: Machine) -> None:
     provision.setup(machine)
     text = machine.worker.read_text()

@@ -48,6 +48,7 @@ class Config:
     concurrency: int = 4
     heartbeat_seconds: float = 5.0
     spool_dir: str = ""
+    log_dir: str = "/var/log/libvirt/qemu"
     fetch_allow: tuple[str, ...] = ()
 
     @property
@@ -92,7 +93,7 @@ def make_agent(config: Config, *, connection: Any = None) -> Agent:
     host = Host(
         config.cloud, domain_type, Path(config.images_dir), Path(config.blocks_dir), cgroup,
         spool_dir=Path(config.spool_dir) if config.spool_dir else None, fetch_allow=config.fetch_networks,
-        keeps_files=os.geteuid() != 0,
+        keeps_files=os.geteuid() != 0, log_dir=Path(config.log_dir),
     )  # fmt: skip
     for folder in (host.images_dir, host.blocks_dir, Path(config.run_dir)):
         folder.mkdir(parents=True, exist_ok=True)
