@@ -113,6 +113,8 @@ class ReservationSerializer(serializers.ModelSerializer[Reservation]):
 
     class Meta:
         model = Reservation
+        # Only read; a validator of a constraint hides the declared field of that name (Django REST framework 3.16).
+        validators: tuple[Any, ...] = ()
         fields = ["uuid", "begins", "ends", "vcpus", "memory_bytes", "disk_bytes", "worker", "schedule", "created"]
 
 
