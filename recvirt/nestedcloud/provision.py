@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from recvirt.nestedcloud.model import NAME
+from recvirt.nestedcloud.statuses import ExitStatus
 
 CENTRAL_USER, WORKER_USER, BROKER_USER = "recvirt-central", "recvirt-worker", "rabbitmq"
 #: Who may see uploads, and who (QEMU) may use disks and images.
@@ -51,6 +52,10 @@ class ProvisionError(Exception):
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+
+
+class UpgradeFailedError(ProvisionError):
+    """The database could not be brought to this version, and is as it was. Trying again gives the same."""
 
 
 #: argv, what it gets on stdin, and the user it runs as (None: root) -> its stdout.
@@ -361,7 +366,12 @@ def setup(machine: Machine) -> None:
     ensure_database(machine)
     ensure_broker(machine, passwords)
     program = shutil.which("recvirt-cloud") or "recvirt-cloud"
-    machine.run([program, "central", "migrate"], "", CENTRAL_USER)
+    try:
+        machine.run([program, "central", "migrate"], "", CENTRAL_USER)
+    except ProvisionError as error:
+        if error.status == ExitStatus.UPGRADE:
+            raise UpgradeFailedError(str(error), error.status) from None
+        raise
     worker = read(machine.worker)
     machine.run([program, "central", "init", "--worker", worker["uuid"], "--name", worker["name"]], "", CENTRAL_USER)
     machine.tell("the cloud is set up")
