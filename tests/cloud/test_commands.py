@@ -6,7 +6,6 @@ import json
 import re
 import stat
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result

@@ -1,4 +1,4 @@
-"""recvirt-cloud as a real package under the real dpkg: installed, upgraded, refused, with a systemd that only takes notes."""
+"""recvirt-cloud as a package under the real dpkg: installed, upgraded, refused; systemd only takes notes."""
 
 from __future__ import annotations
 
