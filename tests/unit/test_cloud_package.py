@@ -38,6 +38,7 @@ class Machine:
         for name in ("systemd-sysusers", "py3compile", "py3clean"):
             self.program(name, f'#!/bin/sh\necho "{name} $*" >>"$LOG"\n')
         self.program("systemctl", _SYSTEMCTL)
+        self.program("id", '#!/bin/sh\ncat "$STATE/groups" 2>/dev/null || echo libvirt-qemu kvm\n')
         # dpkg --compare-versions A gt B, for plain numbers.
         self.program(
             "dpkg", '#!/bin/sh\n[ "$2" != "$4" ] && [ "$(printf "%s\\n%s\\n" "$2" "$4" | sort -V | tail -1)" = "$2" ]\n'
@@ -73,7 +74,7 @@ class Machine:
 
     def asked(self) -> list[str]:
         """What systemd was told to do."""
-        return [line for line in self.said() if re.match(r"systemctl (re|try-)?(start|stop)", line)]
+        return [line for line in self.said() if re.match(r"systemctl (try-)?(re)?(start|stop)", line)]
 
 
 @pytest.fixture
@@ -155,19 +156,30 @@ def test_a_downgrade_is_refused_before_anything_changes(machine: Machine, old: s
     assert machine.run("preinst", "install").returncode == 0
 
 
+def test_libvirtd_starts_anew_only_for_new_groups(machine: Machine) -> None:
+    """It knows the groups of QEMU's user from its start on."""
+    machine.active.touch()
+    assert machine.run("postinst", "configure", "0.1.0").returncode == 0
+    assert machine.asked() == TAKE_OVER
+    machine.program("systemd-sysusers", '#!/bin/sh\necho libvirt-qemu kvm more >"$STATE/groups"\n')
+    machine.log.unlink()
+    assert machine.run("postinst", "configure", "0.1.0").returncode == 0
+    assert machine.asked() == ["systemctl try-restart libvirtd.service", *TAKE_OVER]
+
+
 def test_removal_stops_the_services(machine: Machine) -> None:
     assert machine.run("prerm", "remove").returncode == 0
     assert machine.asked() == ["systemctl stop recvirt-cloud.target"]
 
 
-def test_nothing_of_libvirts_is_touched() -> None:
+def test_nothing_else_of_libvirts_is_touched() -> None:
+    allowed = "systemctl try-restart libvirtd.service"
     for path in (PACKAGE / "DEBIAN").iterdir():
         if path.name != "control":
-            code = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
-            assert not re.search(r"virsh|libvirtd|machine\.slice|qemu", "\n".join(code)), path
-            named = re.findall(
-                r"systemctl (?:start|stop|restart|try-restart) (.*?)(?:;|$)", "\n".join(code), re.MULTILINE
-            )
+            lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
+            code = "\n".join(lines).replace("id -nG libvirt-qemu", "").replace(allowed, "")
+            assert not re.search(r"virsh|libvirt|machine\.slice|qemu", code), path
+            named = re.findall(r"systemctl (?:start|stop|restart|try-restart) (.*?)(?:;|$)", code, re.MULTILINE)
             assert all(word.startswith("recvirt-cloud") for line in named for word in line.split()), named
     for path in UNITS.glob("recvirt-cloud*"):
         for name, value in re.findall(r"(?m)^(Requires|BindsTo|PartOf|Conflicts)=(.*)$", path.read_text()):
