@@ -13,11 +13,12 @@ from typing import Any
 from celery import Celery
 from kombu.entity import Queue
 
-from recvirt.nestedcloud.model import Command, Heartbeat, Report, check_uuid, encode
+from recvirt.nestedcloud.model import Command, ConsoleCall, Heartbeat, Report, check_uuid, encode
 
 EXECUTE = "recvirt.execute"
 REPORT = "recvirt.report"
 HEARTBEAT = "recvirt.heartbeat"
+CONSOLE = "recvirt.console"
 CENTRAL_QUEUE = "central"
 #: A message that nobody could keep is put aside after so many deliveries (RabbitMQ's x-delivery-limit).
 _DELIVERIES_MAX = 20
@@ -26,6 +27,11 @@ _DELIVERIES_MAX = 20
 def worker_queue(worker: str) -> str:
     """The queue of one worker."""
     return f"worker.{check_uuid(worker)}"
+
+
+def console_queue(worker: str) -> str:
+    """Where a worker is called to a console; beside its queue, so that no operation is waited for."""
+    return f"{worker_queue(worker)}.console"
 
 
 def make_app(broker: str, queues: tuple[str, ...] = ()) -> Celery:
@@ -74,6 +80,10 @@ class Sender:
     def command(self, worker: str, command: Command) -> None:
         """To a worker."""
         self._send(EXECUTE, worker_queue(worker), command)
+
+    def console(self, worker: str, call: ConsoleCall, expires_seconds: float) -> None:
+        """To the part of a worker that has the consoles, unless it is too late by then."""
+        self._send(CONSOLE, console_queue(worker), call, expires=expires_seconds, expiration=expires_seconds)
 
     def report(self, report: Report) -> None:
         """To the central node."""
