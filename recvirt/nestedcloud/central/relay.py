@@ -227,8 +227,10 @@ async def _watch(session: Session) -> None:
     """Until it has been open or idle for too long, or its person may no more."""
     await session.both.wait()
     began = time.monotonic()
-    await _note(session, "console.opened")
+    # Written to its end although the session may end meanwhile, so that each that opened is closed as well.
+    opened = asyncio.ensure_future(_note(session, "console.opened"))
     try:
+        await asyncio.shield(opened)
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             now = time.monotonic()
@@ -244,7 +246,8 @@ async def _watch(session: Session) -> None:
     finally:
         seconds = round(time.monotonic() - began)
         why = session.ending.reason if session.ending is not None else ""
-        await asyncio.shield(_note(session, "console.closed", seconds=seconds, why=why))
+        await opened
+        await _note(session, "console.closed", seconds=seconds, why=why)
 
 
 async def _note(session: Session, kind: str, **data: Any) -> None:

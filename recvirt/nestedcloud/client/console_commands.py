@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -43,20 +43,21 @@ def _connected(access: Access, session: dict[str, Any]) -> Iterator[ClientConnec
 
     url = access.url.rstrip("/").replace("http", "ws", 1) + session["path"]
     tls = ssl.create_default_context(cafile=access.ca or None) if url.startswith("wss://") else None
+    words: dict[str, Any] = {
+        "subprotocols": protocol.offers(session["ticket"]), "compression": None, "max_size": MESSAGE_BYTES_MAX,
+        "max_queue": 4, "open_timeout": _DIAL_SECONDS, "close_timeout": 2, "ping_interval": PING_SECONDS,
+        "ping_timeout": PING_SECONDS,
+    }  # fmt: skip
+    stack = ExitStack()
     try:
-        socket = connect(
-            url, ssl=tls, subprotocols=protocol.offers(session["ticket"]), compression=None,  # type: ignore[arg-type]
-            max_size=MESSAGE_BYTES_MAX, max_queue=4, open_timeout=_DIAL_SECONDS, close_timeout=2,
-            ping_interval=PING_SECONDS, ping_timeout=PING_SECONDS,
-        )  # fmt: skip
+        # Only entered: before version 17 it connects when it is called.
+        socket = stack.enter_context(connect(url, ssl=tls, **words))
     except InvalidStatus as error:
         raise _refusal(error.response.status_code, bytes(error.response.body or b"")) from None
     except (OSError, WebSocketException) as error:
         raise ApiError(f"{access.url} does not answer: {error}", kind="unreachable") from None
-    try:
+    with stack:
         yield socket
-    finally:
-        socket.close()
 
 
 def _refusal(status: int, body: bytes) -> ApiError:
