@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import requests
 from django.utils import timezone
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
 
 from recvirt.nestedcloud import console
 from recvirt.nestedcloud.central import console_views, consoles, relay
@@ -29,10 +31,6 @@ from recvirt.nestedcloud.console import MESSAGE_BYTES_MAX, Close
 from recvirt.nestedcloud.model import GIB, MIB, ConsoleCall
 from tests.cloud.conftest import make_user, make_worker
 from tests.cloud.test_stream import Server, server
-
-websockets = pytest.importorskip("websockets")
-from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
-from websockets.sync.client import ClientConnection, connect  # noqa: E402
 
 __all__ = ["server"]
 
@@ -80,7 +78,10 @@ class Lab:
             "subprotocols": console.offers(ticket), "compression": None, "max_size": MESSAGE_BYTES_MAX,
             "open_timeout": PATIENCE, "ping_interval": None, **words,
         }  # fmt: skip
-        return self.stack.enter_context(connect(self.server.url.replace("http", "ws") + path, **given))
+        # Entered, because from version 17 on it only then connects.
+        url = self.server.url.replace("http", "ws") + path
+        made: ClientConnection = self.stack.enter_context(connect(url, **given))
+        return made
 
     def person(self, session: dict[str, Any], **words: Any) -> ClientConnection:
         return self.dial(session["path"], session["ticket"], **words)
@@ -349,6 +350,24 @@ def test_a_person_who_does_not_come_is_not_waited_for(lab: Lab, monkeypatch: pyt
     # It waits for as long as the ticket is good, by a clock that stands still: no longer than for any other side.
     monkeypatch.setattr(consoles.sessions, "_clock", lambda: 0.0)
     assert closed(lab.worker_of(lab.session())) == (Close.LEFT, "the person did not come")
+
+
+def test_a_person_who_leaves_before_the_worker_comes_frees_the_console(lab: Lab) -> None:
+    bob = ApiToken.issue(make_user("bob", lab.server.project), "x")[1]
+    person = lab.person(lab.session())
+    person.send(b"typed, and never read by anybody")
+    assert lab.ask(bob).status_code == 409
+    person.close()
+    lab.person(lab.session(token=bob, force=True)).close()
+    # Without a word of typing it is noticed at once.
+    wait_until(lambda: lab.ask(bob).status_code == 201, PATIENCE / 4)
+
+
+def test_refusals_leave_no_fault_in_the_server_s_log(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    for path in ("/api/v1/console/x", lab.session()["path"]):
+        assert refused(lab.dial, path, "x")[0] in (403, 404)
+    time.sleep(0.5)
+    assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []
 
 
 def test_a_message_that_is_too_large_ends_it(lab: Lab) -> None:

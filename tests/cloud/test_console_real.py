@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pty
-import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import termios
 import time
 import uuid
 from collections.abc import Iterator
@@ -36,6 +33,7 @@ from recvirt.nestedcloud.worker.hypervisor import Hypervisor
 from recvirt.nestedcloud.worker.storage import QemuStorage, run_tool
 from tests.cloud.conftest import make_worker
 from tests.cloud.support import instance
+from tests.cloud.terminal import PATIENCE, Terminal
 from tests.cloud.test_console import make_instance
 from tests.cloud.test_stream import Server, server
 
@@ -48,9 +46,6 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="a system's libvirtd wants root"),
     pytest.mark.skipif(any(shutil.which(tool) is None for tool in _TOOLS), reason=f"wants {', '.join(_TOOLS)}"),
 ]
-#: Seconds; a busy machine without KVM takes long.
-PATIENCE = 180.0
-
 #: 16-bit code for a PC: greet on the first serial port (0x3f8), then send back each byte; EOT powers off (ACPI's PM1a
 #: control at 0x604, as SeaBIOS sets it up on q35).
 _CODE = bytes.fromhex(
@@ -161,6 +156,9 @@ class Bench:
     def words(self, *more: str) -> list[str]:
         return [sys.executable, "-m", "recvirt.nestedcloud", *more]
 
+    def run(self, *more: str, text: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(self.words(*more), env=self.env, input=text, capture_output=True, check=False)
+
     def close(self) -> None:
         if self.process is not None:
             self.process.terminate()
@@ -196,46 +194,6 @@ def bench(server: Server, settings: Any, monkeypatch: pytest.MonkeyPatch) -> Ite
         shutil.rmtree(folder)
 
 
-class Terminal:
-    """A program on a terminal, as a person has it."""
-
-    def __init__(self, words: list[str], env: dict[str, str]) -> None:
-        self.master, slave = pty.openpty()
-        self.before = termios.tcgetattr(slave)
-        self.slave = slave
-        self.said = b""
-        self.process = subprocess.Popen(
-            words, stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True
-        )  # fmt: skip
-
-    def type(self, data: bytes) -> None:
-        os.write(self.master, data)
-
-    def until(self, text: bytes) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while text not in self.said:
-            ended = self.process.poll() is not None
-            assert time.monotonic() < deadline, self.said
-            if select.select([self.master], [], [], 0.5)[0]:
-                self.said += os.read(self.master, 65536)
-            else:
-                assert not ended, self.said
-
-    def modes(self) -> Any:
-        return termios.tcgetattr(self.slave)
-
-    def end(self) -> int:
-        """Its status; the terminal must be as before."""
-        status = self.process.wait(PATIENCE)
-        assert self.modes() == self.before
-        with contextlib.suppress(OSError):
-            while select.select([self.master], [], [], 0.5)[0]:
-                self.said += os.read(self.master, 65536)
-        os.close(self.slave)
-        os.close(self.master)
-        return status
-
-
 def wait_for_event(kind: str, count: int = 1) -> None:
     deadline = time.monotonic() + PATIENCE
     while Event.objects.filter(kind=kind).count() < count:
@@ -253,7 +211,7 @@ def test_a_person_types_and_the_guest_answers_until_it_stops(bench: Bench) -> No
         terminal.type(text)
         terminal.until(text)
     # A second person is refused, and told who has it.
-    other = subprocess.run(bench.words("console", "web"), env=bench.env, capture_output=True, stdin=subprocess.DEVNULL)
+    other = bench.run("console", "web")
     assert other.returncode == 3 and b"ada has the console" in other.stderr
     # The escape ends it, the guest goes on, and the next one finds it free.
     terminal.type(b"\x1d")
@@ -271,11 +229,11 @@ def test_a_person_types_and_the_guest_answers_until_it_stops(bench: Bench) -> No
     wait_for_event("console.closed", 2)
     assert Event.objects.filter(kind="console.closed").last().data["why"] == "the instance has stopped"  # type: ignore[union-attr]
     # The database may not know yet that it does not run.
-    late = subprocess.run(bench.words("console", "web"), env=bench.env, capture_output=True, stdin=subprocess.DEVNULL)
+    late = bench.run("console", "web")
     assert late.returncode == 3 and b"does not run" in late.stderr, late.stderr
     # What it has said is in its log, also now.
     Instance.objects.update(state=InstanceState.OFF)
-    said = subprocess.run(bench.words("logs", "web"), env=bench.env, capture_output=True, stdin=subprocess.DEVNULL)
+    said = bench.run("logs", "web")
     assert said.returncode == 0, said.stderr
     assert b"guest is there\r\n" in said.stdout and b"hello guest" in said.stdout and b"again" in said.stdout
 
@@ -297,9 +255,7 @@ def test_scripts_pipe_and_a_log_is_followed(bench: Bench) -> None:
     try:
         # More than any buffer on the way holds, each byte in its place; ^] is a byte like others here.
         text = b"".join(b"line %05d \x1d\n" % number for number in range(4000))
-        done = subprocess.run(
-            bench.words("console", "web", "--linger", "20"), env=bench.env, input=text, capture_output=True
-        )
+        done = bench.run("console", "web", "--linger", "20", text=text)
         assert done.returncode == 0, done.stderr
         assert done.stdout == text
         assert follower.stdout is not None
@@ -314,9 +270,7 @@ def test_scripts_pipe_and_a_log_is_followed(bench: Bench) -> None:
 
 
 def test_a_guest_that_powers_off_by_itself_closes_it(bench: Bench) -> None:
-    done = subprocess.run(
-        bench.words("console", "web", "--linger", str(PATIENCE)), env=bench.env, input=b"bye\x04", capture_output=True
-    )
+    done = bench.run("console", "web", "--linger", str(PATIENCE), text=b"bye\x04")
     assert done.returncode == 0 and b"the instance has stopped" in done.stderr, done.stderr
     assert done.stdout == b"bye"
 
@@ -356,11 +310,9 @@ def test_somebody_at_the_host_s_own_console_is_not_put_out_unasked(bench: Bench)
     here = libvirt.open(bench.uri)
     stream = here.newStream()
     here.lookupByUUIDString(bench.spec.uuid).openConsole(None, stream, 0)
-    refused = subprocess.run(bench.words("console", "web"), env=bench.env, capture_output=True, stdin=subprocess.DEVNULL)
+    refused = bench.run("console", "web")
     assert refused.returncode == 3 and b"on the host itself" in refused.stderr and b"--force" in refused.stderr
-    taken = subprocess.run(
-        bench.words("console", "web", "--force"), env=bench.env, capture_output=True, input=b"mine now"
-    )
+    taken = bench.run("console", "web", "--force", text=b"mine now")
     assert taken.returncode == 0 and taken.stdout == b"mine now", taken.stderr
     with pytest.raises(ApiError):
         api.call("POST", api.below("instances/absent/console"), {})

@@ -12,6 +12,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Coroutine
 from typing import Any
 
 from django.db.models import Q
@@ -125,7 +126,7 @@ async def serve(scope: Scope, receive: Receive, send: Send) -> None:
     try:
         session, side = _enter(scope)
     except _RefusedError as refusal:
-        await _refuse(scope, send, refusal)
+        await _refuse(scope, receive, send, refusal)
         return
     session.loop = asyncio.get_running_loop()
     end = _End(receive, send)
@@ -145,7 +146,7 @@ async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         await end.close(ending)
 
 
-async def _refuse(scope: Scope, send: Send, refusal: _RefusedError) -> None:
+async def _refuse(scope: Scope, receive: Receive, send: Send, refusal: _RefusedError) -> None:
     if "websocket.http.response" not in scope.get("extensions", {}):
         await send({"type": "websocket.close"})
         return
@@ -153,12 +154,21 @@ async def _refuse(scope: Scope, send: Send, refusal: _RefusedError) -> None:
     headers = [(b"content-type", MEDIA_TYPE.encode())]
     await send({"type": "websocket.http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "websocket.http.response.body", "body": body})
+    try:
+        async with asyncio.timeout(_CLOSE_SECONDS):
+            # To the server it is a fault, and worth a line of its log, to be done before the connection is gone.
+            for _ in range(2):
+                await receive()
+    except TimeoutError:
+        pass
 
 
 async def _until_over(session: Session, side: Side) -> None:
     """Copy from one side until the session has ended; the person's side watches over it as well."""
-    works = [_pump(session, side), session.over.wait()] + ([_watch(session)] if side == "person" else [])
-    tasks = [asyncio.ensure_future(work) for work in works]
+    works: list[Coroutine[Any, Any, Any]] = [_pump(session, side), session.over.wait()]
+    if side == "person":
+        works.append(_watch(session))
+    tasks = [asyncio.create_task(work) for work in works]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
@@ -172,34 +182,51 @@ async def _until_over(session: Session, side: Side) -> None:
 
 
 async def _pump(session: Session, side: Side) -> None:
+    own = session.ends[side]
+    # The first message is waited for at once, to notice when one side goes before the other one has come.
+    coming = asyncio.ensure_future(own.get())
+    try:
+        if not await _joined(session, side, coming):
+            return
+        other = session.ends["worker" if side == "person" else "person"]
+        while not isinstance(message := await coming, Ending):
+            if fault := _fault(session, side, message):
+                session.end(*fault)
+                return
+            session.heard = time.monotonic()
+            if not await other.put(message):
+                # Its own side says why it went.
+                await session.over.wait()
+            coming = asyncio.ensure_future(own.get())
+        session.end(*_told(side, message))
+    except TimeoutError:
+        session.end(Close.STUCK, f"the {'worker' if side == 'person' else 'person'} does not read")
+    finally:
+        coming.cancel()
+
+
+async def _joined(session: Session, side: Side, coming: asyncio.Future[bytes | str | Ending]) -> bool:
+    """Wait for the other side; False when there is nothing to wait for any more."""
     # A worker comes at once, and may wait for as long as the person's ticket is good.
     seconds = JOIN_SECONDS if side == "person" else max(JOIN_SECONDS, session.expires - time.monotonic())
+    both = asyncio.ensure_future(session.both.wait())
+    either: list[asyncio.Future[Any]] = [both, coming]
     try:
         async with asyncio.timeout(seconds):
-            await session.both.wait()
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not both.done() and isinstance(message := coming.result(), Ending):
+                session.end(*_told(side, message))
+                return False
+            await both
     except TimeoutError:
         if side == "person":
             session.end(Close.NO_WORKER, "the worker did not answer; its log may say why")
         else:
             session.end(Close.LEFT, "the person did not come")
-        return
-    own, other = session.ends[side], session.ends["worker" if side == "person" else "person"]
-    while True:
-        message = await own.get()
-        if isinstance(message, Ending):
-            session.end(*_told(side, message))
-            return
-        if fault := _fault(session, side, message):
-            session.end(*fault)
-            return
-        session.heard = time.monotonic()
-        try:
-            if not await other.put(message):
-                # Its own side says why it went.
-                await session.over.wait()
-        except TimeoutError:
-            session.end(Close.STUCK, f"the {'worker' if side == 'person' else 'person'} does not read")
-            return
+        return False
+    finally:
+        both.cancel()
+    return True
 
 
 def _told(side: Side, ending: Ending) -> tuple[int, str]:

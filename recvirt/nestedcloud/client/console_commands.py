@@ -57,6 +57,8 @@ def _connected(access: Access, session: dict[str, Any]) -> Iterator[ClientConnec
     except (OSError, WebSocketException) as error:
         raise ApiError(f"{access.url} does not answer: {error}", kind="unreachable") from None
     with stack:
+        if socket.subprotocol != protocol.PROTOCOL:
+            raise ApiError(f"{access.url} knows no consoles", kind="protocol")
         yield socket
 
 

@@ -83,6 +83,9 @@ class Consoles:
         }  # fmt: skip
         try:
             async with connect(url, ssl=self._tls(), **words) as socket:
+                if socket.subprotocol != console.PROTOCOL:
+                    log.error("%s answers, and knows no consoles", self._url)
+                    return
                 try:
                     await (self._tell(call, socket) if call.log else self._join(call, socket))
                 except ActionError as error:
