@@ -14,6 +14,7 @@ from recvirt import __version__
 from recvirt.nestedcloud.client.api import VARIABLE, ApiError
 from recvirt.nestedcloud.client.commands import COMMANDS
 from recvirt.nestedcloud.client.completion import completion
+from recvirt.nestedcloud.client.console_commands import CONSOLE_COMMANDS
 from recvirt.nestedcloud.client.people_commands import PEOPLE_COMMANDS
 from recvirt.nestedcloud.client.sight_commands import SIGHT_COMMANDS
 from recvirt.nestedcloud.client.storage_commands import STORAGE_COMMANDS
@@ -47,7 +48,7 @@ def main_group(project: str | None) -> None:
     """
 
 
-for _command in (*COMMANDS, *STORAGE_COMMANDS, *TIME_COMMANDS, *PEOPLE_COMMANDS, *SIGHT_COMMANDS):
+for _command in (*COMMANDS, *CONSOLE_COMMANDS, *STORAGE_COMMANDS, *TIME_COMMANDS, *PEOPLE_COMMANDS, *SIGHT_COMMANDS):
     main_group.add_command(_command)
 
 
@@ -158,10 +159,14 @@ def serve(port: int, socket_path: Path | None) -> None:
     _setup()
     import uvicorn
 
+    from recvirt.nestedcloud.central.relay import SERVER_OPTIONS
+
     where: dict[str, Any] = {"uds": str(socket_path)} if socket_path else {"host": "127.0.0.1", "port": port}
     uvicorn.run(
         "recvirt.nestedcloud.central.asgi:application", **where, log_level="warning", server_header=False,
         lifespan="off", proxy_headers=True, forwarded_allow_ips="*" if socket_path else "127.0.0.1",
+        # One, whatever WEB_CONCURRENCY says: both ends of a console meet in its memory.
+        workers=1, **SERVER_OPTIONS,
     )  # fmt: skip
 
 
@@ -296,8 +301,13 @@ def worker() -> None:
     """
 
 
+_config_option = click.option(
+    "--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="Its configuration."
+)
+
+
 @worker.command("run")
-@click.option("--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="Its configuration.")
+@_config_option
 def worker_run(path: Path | None) -> None:
     """Carry out what the central node asks for.
 
@@ -307,12 +317,32 @@ def worker_run(path: Path | None) -> None:
     """
     from recvirt.nestedcloud.worker import service
 
+    service.Service(_worker_config(path)).run()
+
+
+@worker.command("consoles")
+@_config_option
+def worker_consoles(path: Path | None) -> None:
+    """Bring the instances' serial consoles to whom the central node names.
+
+    \b
+    Example:
+      recvirt-cloud worker consoles --config /etc/recvirt-cloud/worker.toml
+    """
+    config = _worker_config(path)
+    from recvirt.nestedcloud.worker import consoles
+
+    consoles.ConsoleService(config).run()
+
+
+def _worker_config(path: Path | None) -> Any:
+    from recvirt.nestedcloud.worker import service
+
     try:
-        config = service.load(path or service.DEFAULT_PATH)
+        return service.load(path or service.DEFAULT_PATH)
     except service.ConfigError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(ExitStatus.CONFIG)
-    service.Service(config).run()
 
 
 main_group.add_command(completion)

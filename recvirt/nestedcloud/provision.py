@@ -249,13 +249,13 @@ def ensure_database(machine: Machine) -> None:
 
 
 def permissions(user: str) -> tuple[str, str, str]:
-    """What an account may configure, write to and read from (RabbitMQ's access control): its own queue, and the
+    """What an account may configure, write to and read from (RabbitMQ's access control): its own queues, and the
     central node's inbox. Messages reach a queue through the default exchange, which checks the queue's name.
     """
     if user == BROKER_CENTRAL:
         return ".*", ".*", ".*"
-    own = rf"^worker\.{user}$"
-    return own, rf"^(worker\.{user}|central|amq\.default|celery)$", own
+    own = rf"worker\.{user}(\.console)?"
+    return f"^{own}$", rf"^({own}|central|amq\.default|celery)$", f"^{own}$"
 
 
 def password_hash(password: str) -> str:
@@ -283,7 +283,11 @@ def ensure_broker(machine: Machine, passwords: Mapping[str, str]) -> None:
     """RabbitMQ with our accounts and without its well-known one. Its own tools are slow, so a login is tried first."""
     machine.run(["systemctl", "start", "rabbitmq-server.service"], "", None)
     urls = [_broker_url(user, password) for user, password in passwords.items()]
-    if not all(machine.can_log_in(url) for url in urls):
+    # What an older version allowed is brought to this one's.
+    stamp = machine.etc / "broker-permissions.json"
+    allowed = json.dumps({user: permissions(user) for user in passwords})
+    is_known = stamp.exists() and stamp.read_text() == allowed
+    if not is_known or not all(machine.can_log_in(url) for url in urls):
         machine.tell("making the accounts at the broker")
         path = machine.root / "run/recvirt-cloud-accounts.json"
         write(machine, path, definitions(passwords), reader=BROKER_USER)
@@ -291,6 +295,7 @@ def ensure_broker(machine: Machine, passwords: Mapping[str, str]) -> None:
             machine.run([*RABBITMQCTL, "import_definitions", str(path)], "", None)
         finally:
             path.unlink()
+        write(machine, stamp, allowed, reader=None)
     if machine.can_log_in(_broker_url("guest", "guest")):
         machine.run([*RABBITMQCTL, "delete_user", "guest"], "", None)
 

@@ -14,11 +14,12 @@ from celery import Celery
 from celery.worker.consumer import Consumer as CeleryConsumer
 from kombu.entity import Queue
 
-from recvirt.nestedcloud.model import Command, Heartbeat, Report, check_uuid, encode
+from recvirt.nestedcloud.model import Command, ConsoleCall, Heartbeat, Report, check_uuid, encode
 
 EXECUTE = "recvirt.execute"
 REPORT = "recvirt.report"
 HEARTBEAT = "recvirt.heartbeat"
+CONSOLE = "recvirt.console"
 CENTRAL_QUEUE = "central"
 #: A message that nobody could keep is put aside after so many deliveries (RabbitMQ's x-delivery-limit).
 _DELIVERIES_MAX = 20
@@ -47,6 +48,11 @@ def _arguments(broker: str) -> dict[str, Any]:
     if broker.startswith("filesystem:"):
         return {}
     return {"x-queue-type": "quorum", "x-delivery-limit": _DELIVERIES_MAX}
+
+
+def console_queue(worker: str) -> str:
+    """Where a worker is called to a console; beside its queue, so that no operation is waited for."""
+    return f"{worker_queue(worker)}.console"
 
 
 def make_app(broker: str, queues: tuple[str, ...] = ()) -> Celery:
@@ -97,6 +103,11 @@ class Sender:
     def command(self, worker: str, command: Command) -> None:
         """To a worker, whether it is there already or not."""
         self._send(EXECUTE, _queue(worker_queue(worker), self._arguments), command)
+
+    def console(self, worker: str, call: ConsoleCall, expires_seconds: float) -> None:
+        """To the part of a worker that has the consoles, unless it is too late by then."""
+        queue = _queue(console_queue(worker), self._arguments)
+        self._send(CONSOLE, queue, call, expires=expires_seconds, expiration=expires_seconds)
 
     def report(self, report: Report) -> None:
         """To the central node."""

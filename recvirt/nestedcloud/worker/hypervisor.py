@@ -117,6 +117,11 @@ class Hypervisor:
             raise ActionError(Fault.NOT_FOUND, f"there is no domain {uuid} on this host")
         return domain
 
+    def is_active(self, uuid: str) -> bool:
+        """Whether there is such a domain, and it runs or is suspended."""
+        domain = self.find(uuid)
+        return domain is not None and bool(self._call(domain.isActive))
+
     def _own(self, domain: Any) -> ET.Element | None:
         try:
             text = domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, NAMESPACE)
