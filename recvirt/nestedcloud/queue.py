@@ -21,6 +21,11 @@ HEARTBEAT = "recvirt.heartbeat"
 CENTRAL_QUEUE = "central"
 #: A message that nobody could keep is put aside after so many deliveries (RabbitMQ's x-delivery-limit).
 _DELIVERIES_MAX = 20
+#: A command that nobody took is dropped after so long: its lease is over by then, and another one is under way. A worker
+#: that was cut off for hours finds the last one, not all.
+COMMAND_SECONDS = 900
+#: A broker that does not confirm a message in this time is taken for gone.
+_CONFIRM_SECONDS = 30
 
 
 def worker_queue(worker: str) -> str:
@@ -64,16 +69,22 @@ class Sender:
 
     def __init__(self, app: Celery, broker: str) -> None:
         self._app = app
-        self._arguments = {} if broker.startswith("filesystem:") else {
+        self._is_folder = broker.startswith("filesystem:")
+        self._arguments = {} if self._is_folder else {
             "x-queue-type": "quorum", "x-delivery-limit": _DELIVERIES_MAX,
         }  # fmt: skip
 
     def _send(self, task: str, queue: str, message: Any, **options: Any) -> None:
-        self._app.send_task(task, args=[encode(message)], queue=_queue(queue, self._arguments), **options)
+        self._app.send_task(
+            task, args=[encode(message)], queue=_queue(queue, self._arguments), confirm_timeout=_CONFIRM_SECONDS,
+            **options,
+        )  # fmt: skip
 
     def command(self, worker: str, command: Command) -> None:
         """To a worker."""
-        self._send(EXECUTE, worker_queue(worker), command)
+        # RabbitMQ measures the time itself; a folder has only the one clock of its host.
+        word = "expires" if self._is_folder else "expiration"
+        self._send(EXECUTE, worker_queue(worker), command, **{word: COMMAND_SECONDS})
 
     def report(self, report: Report) -> None:
         """To the central node."""

@@ -19,12 +19,13 @@ from recvirt.nestedcloud import spool
 from recvirt.nestedcloud.model import Command, ModelError, check_name, check_uuid, decode
 from recvirt.nestedcloud.queue import EXECUTE, Sender, make_app, worker_queue
 from recvirt.nestedcloud.worker.agent import Agent, BusyError
-from recvirt.nestedcloud.worker.errors import ActionError
 from recvirt.nestedcloud.worker.host import Host
 from recvirt.nestedcloud.worker.hypervisor import Hypervisor
 from recvirt.nestedcloud.worker.storage import QemuStorage, SparseStorage
 
 log = logging.getLogger(__name__)
+#: How long libvirtd or the broker may be away before an operation fails for it.
+_PATIENCE_SECONDS = 60.0
 DEFAULT_PATH = Path("/etc/recvirt-cloud/worker.toml")
 
 
@@ -101,7 +102,10 @@ def make_agent(config: Config, *, connection: Any = None) -> Agent:
     features = {"domain_type": domain_type, "libvirt": config.libvirt, "cgroup": cgroup}
     if host.spool_dir is not None:
         features["spool"] = spool.identity(host.spool_dir)
-    return Agent(config.uuid, config.name, hypervisor, storage, Path(config.run_dir), boot_id(config), features)
+    return Agent(
+        config.uuid, config.name, hypervisor, storage, Path(config.run_dir), boot_id(config), features,
+        _PATIENCE_SECONDS,
+    )  # fmt: skip
 
 
 class Service:
@@ -114,10 +118,10 @@ class Service:
         self._stopping = threading.Event()
         self._agents: dict[int, Agent] = {}
         self._connection: Any = None
-        if config.domain_type == "test":
+        if config.libvirt.startswith("test:///"):
             import libvirt
 
-            # Held for the life of the process: the driver forgets everything with its last connection.
+            # Held for the life of the process: the driver in it forgets everything with its last connection.
             self._connection = libvirt.open(config.libvirt)
         self._add_tasks()
 
@@ -151,10 +155,11 @@ class Service:
             try:
                 self.sender.heartbeat(self.agent().heartbeat(), expires_seconds=3 * seconds)
                 trouble = ""
-            except (ActionError, OSError) as error:
+            except Exception as error:
+                # libvirtd, the broker or a file system is away, each with errors of its own; it comes back.
                 if str(error) != trouble:
                     trouble = str(error)
-                    log.error("no heartbeat: %s", error)
+                    log.error("no heartbeat: %s: %s", type(error).__name__, error)
             self._stopping.wait(seconds)
 
     def run(self) -> None:

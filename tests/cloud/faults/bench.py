@@ -60,6 +60,7 @@ class Bench:
         self.libvirtd = libvirtd
         self.place = dev.Place(folder / "cloud", 8780)
         self.log = folder / "calls"
+        self._made: dict[tuple[int, str], Any] = {}
         # Once in a process that goes away: Django takes its settings when it is set up, and they are changed here.
         if (pid := os.fork()) == 0:
             dev.prepare(self.place)
@@ -139,27 +140,35 @@ class Bench:
         """Carry out what is in the worker's queue; how many messages that were."""
         from recvirt.nestedcloud.worker import service
 
-        service._PROCESS_ID = _BOOT
-        config = service.load(self.place.worker)
-        made = service.Service(config)
-        return _drain(made.app, service.worker_queue(config.uuid))
+        made = self._service()
+        return _drain(made.app, service.worker_queue(made.config.uuid))
 
     def consume(self) -> int:
         """Write down what is in the central node's queue."""
         from recvirt.nestedcloud.central import config, consumer
         from recvirt.nestedcloud.queue import CENTRAL_QUEUE
 
-        return _drain(consumer.make_consumer(config.load()), CENTRAL_QUEUE)
+        app = self._once("consumer", lambda: consumer.make_consumer(config.load()))
+        return _drain(app, CENTRAL_QUEUE)
+
+    def _service(self) -> Any:
+        from recvirt.nestedcloud.worker import service
+
+        service._PROCESS_ID = _BOOT
+        return self._once("worker", lambda: service.Service(service.load(self.place.worker)))
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        """One of each in a process, as in the product's."""
+        if (os.getpid(), name) not in self._made:
+            self._made[os.getpid(), name] = make()
+        return self._made[os.getpid(), name]
 
     def beat(self) -> None:
         """One heartbeat, written down."""
         from recvirt.nestedcloud.central import reports
         from recvirt.nestedcloud.model import Heartbeat, decode, encode
-        from recvirt.nestedcloud.worker import service
 
-        service._PROCESS_ID = _BOOT
-        agent = service.Service(service.load(self.place.worker)).agent()
-        reports.heard(decode(Heartbeat, encode(agent.heartbeat())))
+        reports.heard(decode(Heartbeat, encode(self._service().agent().heartbeat())))
 
     def settle(self) -> None:
         """Until nothing is to be done any more; what nobody has answered is due at once."""

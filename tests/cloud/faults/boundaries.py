@@ -151,7 +151,10 @@ def run(folder: Path, only: str = "*", part: tuple[int, int] = (1, 1), *, listin
         runner = Runner(Bench(folder, libvirtd))
         count = bad = 0
         for scenario in chosen(only):
-            for number, boundary in enumerate(runner.record(scenario)):
+            boundaries = runner.record(scenario)
+            if not listing:
+                print(f"# {scenario.name}: {len(boundaries)} boundaries", flush=True)
+            for number, boundary in enumerate(boundaries):
                 if number % part[1] != part[0] - 1:
                     continue
                 count += 1
@@ -161,7 +164,7 @@ def run(folder: Path, only: str = "*", part: tuple[int, int] = (1, 1), *, listin
                     print("\n  ".join([boundary.name, *problems]), flush=True)
         return count, bad
     finally:
-        libvirtd.stop()
+        libvirtd.kill()
 
 
 def main() -> None:

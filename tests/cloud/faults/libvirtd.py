@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ import libvirt
 
 os.environ["PATH"] += ":/usr/sbin:/sbin"
 _START_SECONDS = 60.0
+#: Dies with us, however we end.
+_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 # What fails is told by the exception.
 libvirt.registerErrorHandler(lambda _context, _error: None, None)
 #: What libvirtd keeps outside of its configuration's reach.
@@ -27,7 +28,7 @@ for target in "$@"; do
     mkdir -p "$target" "$FOLDER$target"
     mount --bind "$FOLDER$target" "$target"
 done
-virtlogd --daemon --config /dev/null
+[ -z "$LOGS" ] || setpriv --pdeathsig KILL virtlogd --config /dev/null --pid-file "$FOLDER/virtlogd.pid" &
 exec libvirtd --config "$FOLDER/libvirtd.conf" --pid-file "$FOLDER/pid"
 """
 
@@ -43,8 +44,10 @@ def why_not() -> str:
 class Libvirtd:
     """Start, kill and start again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, logs: bool = False) -> None:
+        """``logs``: with the daemon that QEMU's consoles are written to."""
         self.folder = folder
+        self._logs = logs
         self._process: subprocess.Popen[bytes] | None = None
         self._holder: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,8 +70,8 @@ class Libvirtd:
         # Another process's mounts are not touched: they end with the namespace.
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                ["unshare", "--mount", "sh", "-c", _PRELUDE, "sh", *_FOLDERS], stdin=subprocess.DEVNULL, stdout=log,
-                stderr=log, env={**os.environ, "FOLDER": str(self.folder)},
+                [*_WITH_US, "unshare", "--mount", "sh", "-c", _PRELUDE, "sh", *_FOLDERS], stdin=subprocess.DEVNULL, stdout=log,
+                stderr=log, env={**os.environ, "FOLDER": str(self.folder), "LOGS": "1" * self._logs},
             )  # fmt: skip
         deadline = time.monotonic() + _START_SECONDS
         while True:
@@ -81,7 +84,7 @@ class Libvirtd:
                 time.sleep(0.1)
         if hold:
             code = "import libvirt, sys, time; c = libvirt.open(sys.argv[1]); time.sleep(1e6)"
-            self._holder = subprocess.Popen([sys.executable, "-c", code, self.test_uri], stderr=subprocess.DEVNULL)
+            self._holder = subprocess.Popen([*_WITH_US, sys.executable, "-c", code, self.test_uri])
 
     def kill(self) -> None:
         """As kill -9 does. QEMU's guests live on, the test driver's do not."""
@@ -91,11 +94,3 @@ class Libvirtd:
                 process.wait()
         self._process = self._holder = None
 
-    def stop(self) -> None:
-        """End it, and the log daemon beside it."""
-        self.kill()
-        for path in self.folder.glob("**/virtlogd.pid"):
-            try:
-                os.kill(int(path.read_text()), signal.SIGTERM)
-            except (ProcessLookupError, ValueError):
-                pass

@@ -49,7 +49,7 @@ def rows() -> dict[str, Any]:
     }  # fmt: skip
     images = {
         row.name: [str(row.state), row.virtual_bytes, row.promised_bytes]
-        for row in Image.objects.exclude(state="deleted")
+        for row in Image.objects.exclude(state="deleted").exclude(project=None)
     }
     return {"instances": instances, "volumes": volumes, "images": images, "reservations": Reservation.objects.count()}
 
