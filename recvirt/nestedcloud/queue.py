@@ -23,6 +23,11 @@ CONSOLE = "recvirt.console"
 CENTRAL_QUEUE = "central"
 #: A message that nobody could keep is put aside after so many deliveries (RabbitMQ's x-delivery-limit).
 _DELIVERIES_MAX = 20
+#: A command that nobody took is dropped after so long: its lease is over by then, and another one is under way. A worker
+#: that was cut off for hours finds the last one, not all.
+COMMAND_SECONDS = 900
+#: A broker that does not confirm a message in this time is taken for gone.
+_CONFIRM_SECONDS = 30
 
 
 class Consumer(CeleryConsumer):  # type: ignore[misc]
@@ -91,10 +96,11 @@ class Sender:
     def __init__(self, broker: str) -> None:
         # Without queues of its own: Celery takes a sender that has quorum queues for one that wants delayed delivery.
         self._app = make_app(broker)
+        self._is_folder = broker.startswith("filesystem:")
         self._arguments = _arguments(broker)
 
     def _send(self, task: str, queue: Queue, message: Any, **options: Any) -> None:
-        self._app.send_task(task, args=[encode(message)], queue=queue, **options)
+        self._app.send_task(task, args=[encode(message)], queue=queue, confirm_timeout=_CONFIRM_SECONDS, **options)
 
     def _central(self) -> Queue:
         """The central node makes it: a worker's account may not."""
@@ -102,7 +108,9 @@ class Sender:
 
     def command(self, worker: str, command: Command) -> None:
         """To a worker, whether it is there already or not."""
-        self._send(EXECUTE, _queue(worker_queue(worker), self._arguments), command)
+        # RabbitMQ measures the time itself; a folder has only the one clock of its host.
+        word = "expires" if self._is_folder else "expiration"
+        self._send(EXECUTE, _queue(worker_queue(worker), self._arguments), command, **{word: COMMAND_SECONDS})
 
     def console(self, worker: str, call: ConsoleCall, expires_seconds: float) -> None:
         """To the part of a worker that has the consoles, unless it is too late by then."""

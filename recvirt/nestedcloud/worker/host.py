@@ -60,6 +60,11 @@ class Host:
         key = uuid.uuid5(uuid.UUID(check_uuid(volume)), name)
         return self.blocks_dir / f"{check_uuid(volume)}-{key}.raw"
 
+    @property
+    def graves_dir(self) -> Path:
+        """What is remembered of things that were deleted."""
+        return self.blocks_dir / ".gone"
+
     def seed_path(self, instance: str) -> Path:
         """The instance's NoCloud data."""
         return self.blocks_dir / f"{check_uuid(instance)}-seed.img"

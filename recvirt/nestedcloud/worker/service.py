@@ -24,6 +24,8 @@ from recvirt.nestedcloud.worker.hypervisor import Hypervisor
 from recvirt.nestedcloud.worker.storage import QemuStorage, SparseStorage
 
 log = logging.getLogger(__name__)
+#: How long libvirtd or the broker may be away before an operation fails for it.
+_PATIENCE_SECONDS = 60.0
 DEFAULT_PATH = Path("/etc/recvirt-cloud/worker.toml")
 
 
@@ -119,7 +121,10 @@ def make_agent(config: Config, *, connection: Any = None) -> Agent:
     }  # fmt: skip
     if host.spool_dir is not None:
         features["spool"] = spool.identity(host.spool_dir)
-    return Agent(config.uuid, config.name, hypervisor, storage, Path(config.run_dir), boot_id(config), features)
+    return Agent(
+        config.uuid, config.name, hypervisor, storage, Path(config.run_dir), boot_id(config), features,
+        _PATIENCE_SECONDS,
+    )  # fmt: skip
 
 
 class Service:
@@ -132,10 +137,10 @@ class Service:
         self._stopping = threading.Event()
         self._agents: dict[int, Agent] = {}
         self._connection: Any = None
-        if config.domain_type == "test":
+        if config.libvirt.startswith("test:///"):
             import libvirt
 
-            # Held for the life of the process: the driver forgets everything with its last connection.
+            # Held for the life of the process: the driver in it forgets everything with its last connection.
             self._connection = libvirt.open(config.libvirt)
         self._add_tasks()
 

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from recvirt.nestedcloud.model import DiskSpec, Fault, InstanceSpec
+from recvirt.nestedcloud.model import DiskSpec, Fault, InstanceSpec, check_uuid
 from recvirt.nestedcloud.worker.errors import ActionError
 from recvirt.nestedcloud.worker.host import Host
+from recvirt.nestedcloud.worker.locks import held
 from recvirt.nestedcloud.worker.seed import seed_image
 
 #: Left free on the file systems, for logs and for the metadata of copy-on-write images.
@@ -89,6 +90,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sweep(host: Host, target: str) -> None:
+    """Remove what processes that were killed have left half made of a thing. Called with its lock held."""
+    for folder in (host.images_dir, host.blocks_dir):
+        for path in folder.glob(f".{check_uuid(target)}*"):
+            path.unlink(missing_ok=True)
 
 
 def storage_error(error: OSError) -> ActionError:
@@ -195,7 +203,7 @@ def run_tool(argv: Sequence[str], *, good: Sequence[int] = (0,), limits: Limits 
     try:
         done = subprocess.run(
             words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=seconds,
-            check=False,
+            check=False, pass_fds=held(),
         )  # fmt: skip
     except FileNotFoundError:
         raise ActionError(Fault.STORAGE, f"{words[0]} is not installed on this host") from None
