@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recvirt.disk import bootconf, filesystem, formats, gpt, grub, initramfs, packages, spdx
+from recvirt.disk import bootconf, formats, initramfs, packages, spdx
+from recvirt.disk.bootcode import Loader
 from recvirt.disk.convert import Converter
 from recvirt.disk.facts import IN_IMAGE, Facts, as_json, sources_note
 from recvirt.disk.kernelpkg import STATUS, SparseTree
@@ -122,7 +123,9 @@ class _Build:
             filler = Filler(self.disk, self.layout, self.tools, self.work.scratch, self.work.log, self.epoch)
             filler.fill(self.inputs.filesystem, merge)
         with reporter.step("write the boot code"):
-            self._write_boot_code()
+            Loader(self.disk, self.layout, self.tools, self.work.scratch, self.work.log, self.epoch).write(
+                self.tree / "boot/efi"
+            )
         with reporter.step(f"write {', '.join(self.inputs.formats)}"):
             files = self._write_formats()
         self._write_facts(facts, files)
@@ -183,26 +186,6 @@ class _Build:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         (self.tree / "boot/efi/recvirt").mkdir(parents=True, exist_ok=True)
-
-    def _write_boot_code(self) -> None:
-        core, loader = self.work.scratch / "core.img", self.work.scratch / "BOOTX64.EFI"
-        for target, output in (("i386-pc", core), ("x86_64-efi", loader)):
-            self._run(grub.mkimage_argv(target, output))
-        esp = self.tree / "boot/efi"
-        (esp / "EFI/BOOT").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(loader, esp / "EFI/BOOT/BOOTX64.EFI")
-        for path in (esp, *esp.rglob("*")):
-            os.utime(path, (self.epoch, self.epoch))
-        self._run(filesystem.mkfs_esp_argv(self.disk, self.layout))
-        self._run(filesystem.copy_to_esp_argv(self.disk, self.layout, sorted(esp.iterdir())))
-        boot_image = (self.tools.rootfs / "usr/lib/grub/i386-pc/boot.img").read_bytes()
-        with self.disk.open("r+b") as stream:
-            gpt.write_table(stream, self.layout, grub.boot_code(boot_image, self.layout.bios.first_lba))
-            grub.write_core(stream, self.layout, core.read_bytes())
-
-    def _run(self, argv: list[str]) -> None:
-        env = {"SOURCE_DATE_EPOCH": str(self.epoch), "TZ": "UTC", "MTOOLS_SKIP_CHECK": "1"}
-        self.tools.run(argv, writable=[self.work.scratch], log_path=self.work.log, env=env)
 
     def _write_formats(self) -> list[Path]:
         converter = Converter(
