@@ -45,8 +45,14 @@ from recvirt.ui import format_bytes, reporter
 
 #: An instance gets a larger disk, and the root grows: this is what an image takes that nobody has used.
 SIZE_BYTES, ESP_BYTES = 256 * MIB, 10 * MIB
-#: Memory that is added is used at once, whatever a kernel's own choice is.
-_CMDLINE = ("memhp_default_state=online",)
+_CMDLINE = (
+    # Memory that is added is used at once, whatever a kernel's own choice is.
+    "memhp_default_state=online",
+    # Without KVM a guest's timer may come too late for the check that a kernel makes of it, and the kernel would panic.
+    "no_timer_check",
+    # resize2fs opens a mounted file system's device for writing, which a hardened kernel refuses otherwise.
+    "bdev_allow_write_mounted=1",
+)
 _TOOLS = (
     "dpkg", "e2fsprogs", "libarchive13t64", "mtools", "dosfstools", "qemu-utils", "libzstd1", "grub-common",
     "grub-pc-bin", "grub-efi-amd64-bin", "kmod", "zstd", "tar",

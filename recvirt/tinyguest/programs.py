@@ -14,10 +14,13 @@ from recvirt.errors import StageError
 from recvirt.sandbox import ToolsRoot
 from recvirt.tinyguest.tree import Tree
 
-#: What is resolved in the suite; the last two make the root's partition and file system larger.
-PACKAGES = ("busybox-static", "dropbear-bin", "fdisk", "e2fsprogs")
+#: What is resolved in the suite; the last three make the root's partition and file system larger.
+PACKAGES = ("busybox-static", "dropbear-bin", "fdisk", "util-linux", "e2fsprogs")
 #: Of each program: where it is put.
-PROGRAMS = ("usr/bin/busybox", "usr/sbin/dropbear", "usr/bin/dropbearkey", "usr/sbin/sfdisk", "usr/sbin/resize2fs")
+PROGRAMS = (
+    "usr/bin/busybox", "usr/sbin/dropbear", "usr/bin/dropbearkey", "usr/sbin/sfdisk", "usr/bin/partx",
+    "usr/sbin/resize2fs",
+)  # fmt: skip
 _LIBRARIES = ("usr/lib/x86_64-linux-gnu", "usr/lib64")
 _NEEDED = re.compile(r"\(NEEDED\)\s+Shared library: \[([^]/]+)\]")
 _LOADER = re.compile(r"Requesting program interpreter: (/[^]]+)\]")
