@@ -46,6 +46,7 @@ class ImageInputs:
     suite: str
     root: Upstream
     kernel: Upstream | None
+    guest_image: Upstream | None
     size_bytes: int
     esp_bytes: int
     filesystem: str
@@ -67,7 +68,7 @@ class ImageStage:
 
     name = "image"
     revision = 1
-    needs: tuple[str, ...] = ("root", "kernel_build")
+    needs: tuple[str, ...] = ("root", "kernel_build", "guest_image")
 
     def inputs(self, profile: Profile, upstream: Mapping[str, str], context: Context) -> ImageInputs:
         """Frozen inputs. ConfigError for a command line or sizes that can't be."""
@@ -76,7 +77,8 @@ class ImageStage:
             profile=profile.name,
             suite=profile.root.suite,
             root=Upstream("root", upstream["root"]),
-            kernel=Upstream("kernel_build", upstream["kernel_build"]) if "kernel_build" in upstream else None,
+            kernel=_upstream("kernel_build", upstream),
+            guest_image=_upstream("guest_image", upstream),
             size_bytes=parse_size(image.size),
             esp_bytes=parse_size(image.esp_size),
             filesystem=image.filesystem,
@@ -96,6 +98,11 @@ class ImageStage:
     def build(self, inputs: ImageInputs, work: Work) -> None:
         """Write the disk in its formats and what tells about it."""
         _Build(inputs, work).run()
+
+
+def _upstream(stage: str, keys: Mapping[str, str]) -> Upstream | None:
+    """The output of a stage that not every profile has."""
+    return Upstream(stage, keys[stage]) if stage in keys else None
 
 
 class _Build:
@@ -150,6 +157,8 @@ class _Build:
         before = sparse.snapshot()
         if package is not None:
             sparse.install(package)
+        if self.inputs.guest_image is not None:
+            sparse.install(self.work.upstream_dirs["guest_image"] / "recvirt-guest-image.deb")
         kernels = sparse.kernels()
         if not kernels:
             raise StageError("there is no kernel in /boot", hint="add one to the profile's packages, or build one")
@@ -169,7 +178,7 @@ class _Build:
     def _facts(self, release: str) -> Facts:
         installed = packages.installed(packages.parse_status((self.tree / STATUS).read_text()).values())
         owner = packages.owner_of(f"/boot/vmlinuz-{release}", self.tree / "var/lib/dpkg/info")
-        stages = {up.stage: up.key for up in (self.inputs.root, self.inputs.kernel) if up is not None}
+        stages = {up.stage: up.key for up in (self.inputs.root, self.inputs.kernel, self.inputs.guest_image) if up is not None}
         return Facts(
             profile=self.inputs.profile, suite=self.inputs.suite, filesystem=self.inputs.filesystem,
             initramfs="none" if not (self.tree / f"boot/initrd.img-{release}").exists() else "small",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recvirt import __version__
-from recvirt.archive import Package, sources_lines
+from recvirt.archive import Archive, Package, sources_lines
 from recvirt.data import data_path, package_list_path
 from recvirt.errors import ConfigError, StageError
 from recvirt.model import Profile, Root

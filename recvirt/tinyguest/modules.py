@@ -51,11 +51,11 @@ def closure(modules_dep: str, wanted: Iterable[str]) -> tuple[str, ...]:
     by_name = {_plain(path): path for path in needs}
     found: set[str] = set()
     for name in wanted:
-        path = by_name.get(_plain(name))
-        if path is None:
+        if _plain(name) not in by_name:
             raise StageError(f"the kernel's package has no module {name}")
         # depmod lists everything that a module needs, not its next ones alone.
-        found |= {path, *needs[path]}
+        file = by_name[_plain(name)]
+        found |= {file, *needs[file]}
     return tuple(sorted(found))
 
 
