@@ -297,6 +297,9 @@ class Image(Model):
         default=("qcow2",), description="files to write: qcow2 (zstd), raw, fixed VHD, streamOptimized VMDK, OVA"
     )
     boot_timeout: int = Field(default=1, ge=0, le=60, description="seconds the boot menu waits")
+    guest_image: bool = Field(
+        default=False, description="put a tiny guest's image into it, for the Nested Cloud's first launch"
+    )
 
 
 class Accept(Model):

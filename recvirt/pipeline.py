@@ -25,6 +25,7 @@ from recvirt.products import built_image, disk_is_full, publish
 from recvirt.run import allow_start, stop_all
 from recvirt.stages.base import Context, Stage, Work
 from recvirt.stages.guest_debs import GuestDebs
+from recvirt.stages.guest_image import GuestImage
 from recvirt.stages.image import ImageStage
 from recvirt.stages.kernel_build import KernelBuild
 from recvirt.stages.kernel_config import KernelConfig
@@ -34,7 +35,7 @@ from recvirt.ui import reporter
 
 __all__ = ["STAGES", "STAGE_NAMES", "Builder", "Planned", "built_image", "check_space", "plan", "stages_for"]
 
-STAGES: tuple[Stage, ...] = (KernelConfig(), KernelBuild(), GuestDebs(), RootStage(), ImageStage())
+STAGES: tuple[Stage, ...] = (KernelConfig(), KernelBuild(), GuestImage(), GuestDebs(), RootStage(), ImageStage())
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 #: Room that a stage wants on the cache's disk unless it says otherwise (``space_bytes(inputs)``).
 _DEFAULT_SPACE = 512 * 1024**2
@@ -61,6 +62,8 @@ def stages_for(profile: Profile, until: str | None = None) -> list[Stage]:
     stages = list(STAGES)
     if profile.kernel.source == "debian":
         stages = [stage for stage in stages if stage.name != "kernel_build"]
+    if not profile.image.guest_image:
+        stages = [stage for stage in stages if stage.name != "guest_image"]
     if until is None:
         return stages
     names = [stage.name for stage in stages]

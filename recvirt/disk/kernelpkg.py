@@ -1,4 +1,4 @@
-"""Installs the kernel's package with dpkg into a tree that holds only what dpkg and the boot menu need.
+"""Installs packages, the kernel's above all, with dpkg into a tree that holds only what dpkg and the boot menu need.
 
 The root archive is not unpacked: its dpkg database and a handful of files are, dpkg works on them for real, and what it
 changed is found by comparing the tree before and after. Scripts of the tools root never run: the image's own hooks
@@ -98,7 +98,7 @@ class SparseTree:
         )  # fmt: skip
         problems = unsettled(before, parse_status((self.directory / STATUS).read_text()))
         if problems:
-            raise StageError("the kernel's package disturbed others: " + "; ".join(problems))
+            raise StageError(f"{package.name} disturbed other packages: " + "; ".join(problems))
 
     def update_boot(self, *words: str) -> None:
         """Run the image's own recvirt-update-boot on the tree."""

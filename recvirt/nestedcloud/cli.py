@@ -174,16 +174,20 @@ def serve(port: int, socket_path: Path | None) -> None:
 @click.option("--worker", "worker_uuid", required=True, help="The UUID of the worker on this machine.")
 @click.option("--name", required=True, help="Its name.")
 def init(worker_uuid: str, name: str) -> None:
-    """Write the first rows: a project, the administrator, and the worker on this machine. Again changes nothing.
+    """Write the first rows: a project, the administrator, the worker on this machine, and the images that packages
+    brought. Again changes nothing.
 
     \b
     Example:
       recvirt-cloud central init --worker 11111111-1111-4111-8111-111111111111 --name local
     """
     _setup()
-    from recvirt.nestedcloud.central.first import ensure_first_rows
+    from recvirt.nestedcloud.central.bundled import ensure_bundled
+    from recvirt.nestedcloud.central.first import PROJECT, ensure_first_rows
 
     ensure_first_rows(worker_uuid, name)
+    for said in ensure_bundled(worker_uuid, PROJECT):
+        click.echo(said)
 
 
 @central.command()

@@ -103,15 +103,18 @@ def _fill(place: Place) -> None:
     from django.contrib.auth import get_user_model
     from django.core.management import call_command
 
+    from recvirt.nestedcloud.central.bundled import ensure_bundled
+    from recvirt.nestedcloud.central.first import PROJECT
     from recvirt.nestedcloud.central.models import ApiToken, Image, ImageState, Project, Worker
     from recvirt.nestedcloud.model import GIB
 
     call_command("migrate", verbosity=0)
     user, _ = get_user_model().objects.get_or_create(username="dev", defaults={"is_superuser": True})
-    Project.objects.get_or_create(name="default")
+    Project.objects.get_or_create(name=PROJECT)
     Image.objects.get_or_create(name="tiny", project=None, defaults={"state": ImageState.READY, "virtual_bytes": GIB})
     worker = tomllib.loads(place.worker.read_text())
     Worker.objects.get_or_create(uuid=worker["uuid"], defaults={"name": worker["name"]})
+    ensure_bundled(worker["uuid"], PROJECT)
     url = f"http://127.0.0.1:{place.port}"
     if place.access.exists():
         token = tomllib.loads(place.access.read_text())["token"]

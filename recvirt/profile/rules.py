@@ -47,6 +47,8 @@ def _kernel_source(data: Any) -> Iterator[Finding]:
         yield ("kernel", "source"), f"is {source}, but kernel.{source} is not set"
     if source == "debian" and _get(data, "image", "initramfs") == "none":
         yield ("image", "initramfs"), "Debian's kernel has its disk drivers as modules: it needs initramfs: small"
+    if source == "debian" and _get(data, "image", "guest_image") is True:
+        yield ("image", "guest_image"), "the tiny guest has no initramfs: it needs a kernel that is built"
     if source == "debian" and _get(data, "kernel", "patches"):
         yield ("kernel", "patches"), "patches need a kernel that is built, not kernel: debian"
     if source in ("package", "tarball", "tree") and _get(data, "kernel", "fragments") == []:

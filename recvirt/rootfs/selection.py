@@ -1,4 +1,4 @@
-"""Which packages a profile asks for: its lists, its own names, and what its other keys imply."""
+"""Which packages a profile asks for, and of which archive: its lists, its own names, and what its other keys imply."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+from recvirt.archive import Archive
 from recvirt.data import data_path
 from recvirt.errors import Problem
-from recvirt.model import Profile
+from recvirt.model import Profile, Root
+from recvirt.sandbox import ToolsRoot
 
 #: Without these the tree is no machine: what the inside script and the boot rely on, and the list that brings it.
 _BASICS = {
@@ -19,6 +21,14 @@ _FILESYSTEM_PACKAGES = {"ext4": "e2fsprogs", "xfs": "xfsprogs", "btrfs": "btrfs-
 #: Our own packages that every image has; the others go where a profile names them.
 ALWAYS = ("recvirt-boot", "recvirt-nested-check")
 _DEPENDS = re.compile(r"^(?:Pre-)?Depends:(?P<value>.*(?:\n[ \t].*)*)", re.MULTILINE)
+
+
+def archive_of(root: Root, tools: ToolsRoot, cache_dir: Path, *, offline: bool) -> Archive:
+    """The archive that a root section names."""
+    return Archive(
+        tools, cache_dir, suite=root.suite, mirror=root.mirror, components=root.components, snapshot=root.snapshot,
+        snapshot_mirror=root.snapshot_mirror, keyring=Path(root.keyring) if root.keyring else None, offline=offline,
+    )  # fmt: skip
 
 
 def packages_wanted(

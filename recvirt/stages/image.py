@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recvirt.disk import bootconf, filesystem, formats, gpt, grub, initramfs, packages, spdx
+from recvirt.disk import bootconf, formats, initramfs, packages, spdx
+from recvirt.disk.bootcode import Loader
 from recvirt.disk.convert import Converter
 from recvirt.disk.facts import IN_IMAGE, Facts, as_json, sources_note
 from recvirt.disk.kernelpkg import STATUS, SparseTree
@@ -45,6 +46,7 @@ class ImageInputs:
     suite: str
     root: Upstream
     kernel: Upstream | None
+    guest_image: Upstream | None
     size_bytes: int
     esp_bytes: int
     filesystem: str
@@ -66,7 +68,7 @@ class ImageStage:
 
     name = "image"
     revision = 1
-    needs: tuple[str, ...] = ("root", "kernel_build")
+    needs: tuple[str, ...] = ("root", "kernel_build", "guest_image")
 
     def inputs(self, profile: Profile, upstream: Mapping[str, str], context: Context) -> ImageInputs:
         """Frozen inputs. ConfigError for a command line or sizes that can't be."""
@@ -75,7 +77,8 @@ class ImageStage:
             profile=profile.name,
             suite=profile.root.suite,
             root=Upstream("root", upstream["root"]),
-            kernel=Upstream("kernel_build", upstream["kernel_build"]) if "kernel_build" in upstream else None,
+            kernel=_upstream("kernel_build", upstream),
+            guest_image=_upstream("guest_image", upstream),
             size_bytes=parse_size(image.size),
             esp_bytes=parse_size(image.esp_size),
             filesystem=image.filesystem,
@@ -95,6 +98,11 @@ class ImageStage:
     def build(self, inputs: ImageInputs, work: Work) -> None:
         """Write the disk in its formats and what tells about it."""
         _Build(inputs, work).run()
+
+
+def _upstream(stage: str, keys: Mapping[str, str]) -> Upstream | None:
+    """The output of a stage that not every profile has."""
+    return Upstream(stage, keys[stage]) if stage in keys else None
 
 
 class _Build:
@@ -122,7 +130,9 @@ class _Build:
             filler = Filler(self.disk, self.layout, self.tools, self.work.scratch, self.work.log, self.epoch)
             filler.fill(self.inputs.filesystem, merge)
         with reporter.step("write the boot code"):
-            self._write_boot_code()
+            Loader(self.disk, self.layout, self.tools, self.work.scratch, self.work.log, self.epoch).write(
+                self.tree / "boot/efi"
+            )
         with reporter.step(f"write {', '.join(self.inputs.formats)}"):
             files = self._write_formats()
         self._write_facts(facts, files)
@@ -147,6 +157,8 @@ class _Build:
         before = sparse.snapshot()
         if package is not None:
             sparse.install(package)
+        if self.inputs.guest_image is not None:
+            sparse.install(self.work.upstream_dirs["guest_image"] / "recvirt-guest-image.deb")
         kernels = sparse.kernels()
         if not kernels:
             raise StageError("there is no kernel in /boot", hint="add one to the profile's packages, or build one")
@@ -166,7 +178,7 @@ class _Build:
     def _facts(self, release: str) -> Facts:
         installed = packages.installed(packages.parse_status((self.tree / STATUS).read_text()).values())
         owner = packages.owner_of(f"/boot/vmlinuz-{release}", self.tree / "var/lib/dpkg/info")
-        stages = {up.stage: up.key for up in (self.inputs.root, self.inputs.kernel) if up is not None}
+        stages = {up.stage: up.key for up in (self.inputs.root, self.inputs.kernel, self.inputs.guest_image) if up is not None}
         return Facts(
             profile=self.inputs.profile, suite=self.inputs.suite, filesystem=self.inputs.filesystem,
             initramfs="none" if not (self.tree / f"boot/initrd.img-{release}").exists() else "small",
@@ -183,26 +195,6 @@ class _Build:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         (self.tree / "boot/efi/recvirt").mkdir(parents=True, exist_ok=True)
-
-    def _write_boot_code(self) -> None:
-        core, loader = self.work.scratch / "core.img", self.work.scratch / "BOOTX64.EFI"
-        for target, output in (("i386-pc", core), ("x86_64-efi", loader)):
-            self._run(grub.mkimage_argv(target, output))
-        esp = self.tree / "boot/efi"
-        (esp / "EFI/BOOT").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(loader, esp / "EFI/BOOT/BOOTX64.EFI")
-        for path in (esp, *esp.rglob("*")):
-            os.utime(path, (self.epoch, self.epoch))
-        self._run(filesystem.mkfs_esp_argv(self.disk, self.layout))
-        self._run(filesystem.copy_to_esp_argv(self.disk, self.layout, sorted(esp.iterdir())))
-        boot_image = (self.tools.rootfs / "usr/lib/grub/i386-pc/boot.img").read_bytes()
-        with self.disk.open("r+b") as stream:
-            gpt.write_table(stream, self.layout, grub.boot_code(boot_image, self.layout.bios.first_lba))
-            grub.write_core(stream, self.layout, core.read_bytes())
-
-    def _run(self, argv: list[str]) -> None:
-        env = {"SOURCE_DATE_EPOCH": str(self.epoch), "TZ": "UTC", "MTOOLS_SKIP_CHECK": "1"}
-        self.tools.run(argv, writable=[self.work.scratch], log_path=self.work.log, env=env)
 
     def _write_formats(self) -> list[Path]:
         converter = Converter(

@@ -22,7 +22,7 @@ from recvirt.rootfs.files import IMAGE_KEYRING, Facts, TreeFile, image_sources, 
 from recvirt.rootfs.lists import read_lists
 from recvirt.rootfs.memory import SANDBOX_TMP, workspace
 from recvirt.rootfs.overlay import Overlay, read_overlay, write_devices_tar, write_files_tar, write_overlay_tar
-from recvirt.rootfs.selection import depends_of, missing_basics, own_packages, packages_wanted
+from recvirt.rootfs.selection import archive_of, depends_of, missing_basics, own_packages, packages_wanted
 from recvirt.stages.base import Context, Work
 from recvirt.store import FileRef, Upstream
 from recvirt.ui import format_bytes, reporter
@@ -78,7 +78,7 @@ class RootStage:
         listed = read_lists([package_list_path(name) for name in root.package_lists], root.suite)
         ours = own_packages([*listed, *root.packages])
         names = packages_wanted(profile, listed, ours, depends_of(data_path("packages"), ours))
-        packages = archive_of(root, context).resolve(names, essential=True)
+        packages = archive_of(root, context.tools, context.cache_dir, offline=context.offline).resolve(names, essential=True)
         installed = frozenset(package.name for package in packages)
         if faults := missing_basics(profile, installed):
             raise ConfigError(faults)
@@ -110,7 +110,8 @@ class RootStage:
 
     def build(self, inputs: RootInputs, work: Work) -> None:
         """Write ``root.tar`` and ``packages.json``."""
-        archive = archive_of(inputs.root, work.context)
+        context = work.context
+        archive = archive_of(inputs.root, context.tools, context.cache_dir, offline=context.offline)
         with reporter.step(f"packages ({len(inputs.packages)})"):
             debs = fetch(archive, inputs, work)
         epoch = localrepo.epoch_of(debs)
@@ -123,15 +124,6 @@ class RootStage:
         installed = script.parse_packages((work.scratch / "packages.tsv").read_text())
         check_installed(debs, installed)
         (work.out / "packages.json").write_text(json.dumps(installed, indent=1) + "\n")
-
-
-def archive_of(root: Root, context: Context) -> Archive:
-    """The archive that a root section names."""
-    return Archive(
-        context.tools, context.cache_dir, suite=root.suite, mirror=root.mirror, components=root.components,
-        snapshot=root.snapshot, snapshot_mirror=root.snapshot_mirror,
-        keyring=Path(root.keyring) if root.keyring else None, offline=context.offline,
-    )  # fmt: skip
 
 
 def make_facts(profile: Profile, installed: frozenset[str], context: Context, count: int) -> Facts:

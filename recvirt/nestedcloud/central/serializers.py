@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from django.db.models import Q
 from rest_framework import serializers
 
+from recvirt.nestedcloud.central import bundled
 from recvirt.nestedcloud.central.models import (
     Event,
     Image,
@@ -128,11 +130,17 @@ class _Size(Strict):
     priority = serializers.IntegerField(min_value=PRIORITY_MIN, max_value=PRIORITY_MAX, required=False)
 
 
+def _some(images: list[Image]) -> str:
+    """Their names, not too many of them."""
+    names = sorted({image.name for image in images})
+    return ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+
+
 class LaunchSerializer(_Size):
     """A new instance. ``context["project"]`` says whose images and networks may be named."""
 
     name = serializers.CharField(max_length=63, validators=[name_validator], trim_whitespace=False)
-    image = serializers.CharField()
+    image = serializers.CharField(required=False)
     networks = serializers.ListField(child=serializers.CharField(), required=False, max_length=8)
     nest = serializers.BooleanField(default=False)
     ssh_keys = serializers.ListField(child=serializers.CharField(max_length=16384), default=list, max_length=64)
@@ -162,8 +170,23 @@ class LaunchSerializer(_Size):
             raise serializers.ValidationError(f"there is no network called {', '.join(missing)}")
         return [found[name] for name in names]
 
+    def _default_image(self) -> Image:
+        """The only one there is, or the one that came with the cloud."""
+        project: Project = self.context["project"]
+        ready = Image.objects.filter(Q(project=project) | Q(project=None), state=ImageState.READY)
+        found = list(ready.order_by("name"))
+        named = [image for image in found if image.name == bundled.DEFAULT_NAME]
+        if len(found) == 1 or named:
+            return (named or found)[0]
+        why = f"{bundled.DEFAULT_NAME} is being brought in: try again in a minute"
+        if not bundled.is_coming():
+            why = f"which one? There {f'are {_some(found)}' if found else 'is none'}"
+        raise serializers.ValidationError({"image": [why]})
+
     def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
-        """With defaults: one vCPU, 512 MiB, the image's own size, room to double what it starts with."""
+        """With defaults: the image that is meant when none is named, one vCPU, 512 MiB, the image's own size, room to double what it starts with."""
+        if "image" not in attrs:
+            attrs["image"] = self._default_image()
         attrs.setdefault("vcpus", 1)
         attrs.setdefault("vcpus_max", max(attrs["vcpus"], min(2 * attrs["vcpus"], 512)))
         attrs.setdefault("memory_bytes", 512 * MIB)

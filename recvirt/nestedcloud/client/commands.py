@@ -69,7 +69,7 @@ def follow(operation: Mapping[str, Any], wait: bool, timeout: float, as_json: bo
 
 @click.command()
 @click.argument("name")
-@click.option("--image", default="tiny", show_default=True, help="The image to start from.")
+@click.option("--image", help="The image to start from. [default: the only one there is, or recvirt-guest]")
 @click.option("--vcpus", type=int, help="Virtual processors. [default: 1]")
 @click.option("--vcpus-max", type=int, help="As many as it may grow to while it runs.")
 @click.option("--memory", type=SIZE, help="As 512M or 2G. [default: 512M]")
@@ -78,28 +78,34 @@ def follow(operation: Mapping[str, Any], wait: bool, timeout: float, as_json: bo
 @click.option("--priority", type=int, help="Of its processors, 1 to 100; ten more is twice as much. [default: 50]")
 @click.option("--network", "networks", multiple=True, help="A network, by name; again for another card.")
 @click.option("--ssh-key", "keys", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="A file with public keys.")  # fmt: skip
+              help="A file with public keys. [default: your own]")  # fmt: skip
+@click.option("--no-ssh-keys", is_flag=True, help="Not your own ones either.")
 @click.option("--user-data", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="For cloud-init.")
 @click.option("--nest", is_flag=True, help="Let it run VMs of its own.")
 @click.option("--reservation", metavar="UUID", help="Use this reservation's room, and be deleted when it ends.")
 @wait_option
 @timeout_option
 @json_option
-def launch(name: str, image: str, keys: tuple[Path, ...], user_data: Path | None, networks: tuple[str, ...],
-           nest: bool, reservation: str | None,
+def launch(name: str, image: str | None, keys: tuple[Path, ...], no_ssh_keys: bool, user_data: Path | None,
+           networks: tuple[str, ...], nest: bool, reservation: str | None,
            wait: bool, timeout: float, as_json: bool, **sizes: int | None) -> None:  # fmt: skip
     """Launch an instance.
 
     \b
     Examples:
+      recvirt-cloud launch web
       recvirt-cloud launch web --ssh-key ~/.ssh/id_ed25519.pub
       recvirt-cloud launch db --vcpus 2 --vcpus-max 4 --memory 2G --memory-max 8G --disk 20G
     """
-    body: dict[str, Any] = {"name": name, "image": image, "nest": nest}
+    body: dict[str, Any] = {"name": name, "nest": nest}
     body |= _sizes(sizes)
+    if image is not None:
+        body["image"] = image
     if keys:
-        lines = [line.strip() for path in keys for line in path.read_text().splitlines()]
-        body["ssh_keys"] = [line for line in lines if line and not line.startswith("#")]
+        body["ssh_keys"] = [line for path in keys for line in key_lines(path)]
+    elif not no_ssh_keys and (own := own_keys(Path.home())):
+        click.echo(f"with the keys of {', '.join(str(path) for path in own)}", err=True)
+        body["ssh_keys"] = [line for path in own for line in key_lines(path)]
     if user_data is not None:
         body["user_data"] = user_data.read_text()
     if reservation is not None:
@@ -107,6 +113,22 @@ def launch(name: str, image: str, keys: tuple[Path, ...], user_data: Path | None
     if networks:
         body["networks"] = list(networks)
     follow(api().call("POST", api().below("instances"), body), wait, timeout, as_json)
+
+
+def key_lines(path: Path) -> list[str]:
+    """The public keys of a file."""
+    lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def own_keys(home: Path) -> list[Path]:
+    """The files of a person's own public keys, by the names that ssh(1) gives them; on a machine where there are none,
+    such as a cloud's VM, what lets them in there lets them in further on.
+    """
+    folder = home / ".ssh"
+    found = [path for path in sorted(folder.glob("id_*.pub")) if path.is_file()]
+    allowed = folder / "authorized_keys"
+    return found or ([allowed] if allowed.is_file() and key_lines(allowed) else [])
 
 
 def _sizes(sizes: Mapping[str, int | None]) -> dict[str, int]:

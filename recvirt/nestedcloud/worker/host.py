@@ -24,7 +24,8 @@ class Host:
     ``domain_type`` is libvirt's: kvm where a VM was seen to run under it, qemu for emulation, test for libvirt's own
     stand-in driver. ``cgroup`` is 1 or 2. ``owner`` is the cloud's identifier, written into every domain. ``spool_dir``
     is where the API of the same host puts uploads, if it is on the same host. ``fetch_allow`` are networks that images
-    may be fetched from although they are not of the public internet. ``keeps_files``: libvirt leaves the files' owner
+    may be fetched from although they are not of the public internet. ``bundled_dir`` has the images of packages.
+    ``keeps_files``: libvirt leaves the files' owner
     as it is, because a worker that is not root could not use what libvirt has given to QEMU's user: images that other
     instances start from, volumes that grow as their guests run.
     """
@@ -38,6 +39,7 @@ class Host:
     spool_dir: Path | None = None
     fetch_allow: tuple[IPv4Network | IPv6Network, ...] = ()
     keeps_files: bool = False
+    bundled_dir: Path = Path("/usr/share/recvirt-cloud/images")
 
     def image_path(self, image: str) -> Path:
         """The file of an image."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from recvirt.nestedcloud import spool
-from recvirt.nestedcloud.model import MIB, Fault, ImageSpec, InstanceSpec
+from recvirt.nestedcloud.model import BUNDLED, BUNDLED_NAME, MIB, Fault, ImageSpec, InstanceSpec
 from recvirt.nestedcloud.worker.errors import ActionError
 from recvirt.nestedcloud.worker.fetch import copy, fetch
 from recvirt.nestedcloud.worker.host import Host
@@ -116,7 +116,9 @@ class _Common:
     def _fetch(self, spec: ImageSpec, target: Path) -> str:
         with target.open("xb") as stream:
             sink = _Digest(stream)
-            if spec.url:
+            if spec.url.startswith(BUNDLED):
+                self._read_bundled(spec, sink)
+            elif spec.url:
                 fetch(spec.url, sink, spec.largest_bytes, self.host.fetch_allow)
             elif self.host.spool_dir is None:
                 raise ActionError(Fault.NOT_FOUND, "this worker does not share a host with the API")
@@ -124,6 +126,19 @@ class _Common:
                 with spool.read(self.host.spool_dir, spec.uuid) as source:
                     copy(source, sink, spec.largest_bytes)
         return sink.hexdigest()
+
+    def _read_bundled(self, spec: ImageSpec, sink: _Digest) -> None:
+        """What a package brought, on the way that everything takes. Only with a digest: the file may be another one by
+        the time that it is read.
+        """
+        name = spec.url.removeprefix(BUNDLED)
+        if not BUNDLED_NAME.fullmatch(name) or not spec.sha256:
+            raise ActionError(Fault.INVALID, f"{name!r} is no image that a package brings")
+        try:
+            with (self.host.bundled_dir / name).open("rb") as source:
+                copy(source, sink, spec.largest_bytes)
+        except FileNotFoundError:
+            raise ActionError(Fault.NOT_FOUND, f"no package of this host brings {name}") from None
 
     @staticmethod
     def _look(spec: ImageSpec, path: Path) -> int:

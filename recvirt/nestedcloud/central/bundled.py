@@ -1,0 +1,133 @@
+"""Images that packages brought, in everybody's catalogue from the start.
+
+Beside each image lies a document with its name, format, digest and sizes. A digest is registered once: an administrator
+who deletes the image is not given it again, and a newer package's, which has another digest, takes over the name. The
+worker of this host copies and checks the file like any other one (``worker.images``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from django.db import transaction
+
+from recvirt.nestedcloud.central.models import DiskFormat, Image, ImageState, Operation, Project, Worker
+from recvirt.nestedcloud.central.operations import digest_of, record
+from recvirt.nestedcloud.model import BUNDLED, BUNDLED_NAME, Kind, ModelError, check_name
+
+FOLDER = Path("/usr/share/recvirt-cloud/images")
+#: What is started when nobody says which image.
+DEFAULT_NAME = "recvirt-guest"
+_FORMAT = 1
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+#: Of a document, in bytes.
+_LARGEST = 65536
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """One image, as its document tells."""
+
+    name: str
+    file: str
+    disk_format: str
+    sha256: str
+    size_bytes: int
+    virtual_bytes: int
+
+
+def _parse(data: Any) -> Bundled:
+    """ModelError for what is not understood."""
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        raise ModelError(f"want a document of format {_FORMAT}")
+    names = ("name", "file", "disk_format", "sha256", "bytes", "virtual_bytes")
+    name, file, disk_format, sha256, size_bytes, virtual_bytes = (data.get(field) for field in names)
+    if not (isinstance(file, str) and BUNDLED_NAME.fullmatch(file)):
+        raise ModelError(f"file: {file!r}")
+    if disk_format not in DiskFormat.values:
+        raise ModelError(f"disk_format: {disk_format!r}")
+    if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
+        raise ModelError(f"sha256: {sha256!r}")
+    return Bundled(
+        check_name(str(name)), file, str(disk_format), sha256, _size(size_bytes), _size(virtual_bytes)
+    )  # fmt: skip
+
+
+def _size(value: object) -> int:
+    if not isinstance(value, int) or value <= 0:
+        raise ModelError(f"a size of {value!r} bytes")
+    return value
+
+
+def find(folder: Path) -> Iterator[Bundled | str]:
+    """Every image of a folder; a sentence for what is not understood."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            with path.open("rb") as stream:
+                yield _parse(json.loads(stream.read(_LARGEST)))
+        except (OSError, ValueError) as error:
+            yield f"{path}: {error}"
+
+
+def ensure_bundled(worker_uuid: str, project_name: str, folder: Path = FOLDER) -> list[str]:
+    """Have the images of a folder registered. The worker on this host brings them in; the operations are those of a
+    project. Returns a sentence for each image that is new, and for each that is not understood.
+    """
+    said = []
+    for found in find(folder):
+        if isinstance(found, str):
+            said.append(found)
+        elif _ensure(found, worker_uuid, project_name):
+            said.append(f"the image {found.name} is being brought in")
+    return said
+
+
+def _ensure(bundled: Bundled, worker_uuid: str, project_name: str) -> bool:
+    with transaction.atomic():
+        # The order of locks is project, image, as everywhere.
+        project = Project.objects.select_for_update().get(name=project_name)
+        worker = Worker.objects.get(uuid=worker_uuid)
+        everybodys = Image.objects.select_for_update().filter(project=None)
+        image = everybodys.filter(wanted_sha256=bundled.sha256).order_by("created").last()
+        if image is None:
+            _make_room(bundled.name)
+            image = Image.objects.create(
+                name=bundled.name, format=bundled.disk_format, wanted_sha256=bundled.sha256, worker=worker,
+                promised_bytes=bundled.virtual_bytes,
+            )  # fmt: skip
+        elif _has_failed(image):
+            image.state, image.worker, image.promised_bytes = ImageState.IMPORTING, worker, bundled.virtual_bytes
+            image.save()
+        else:
+            return False
+        args = {
+            "url": f"{BUNDLED}{bundled.file}", "largest_bytes": max(bundled.size_bytes, bundled.virtual_bytes),
+        }  # fmt: skip
+        digest = digest_of(Kind.IMAGE_IMPORT, str(image.uuid), args)
+        record(project, None, Kind.IMAGE_IMPORT, args, None, digest, worker=worker, image=image)
+        return True
+
+
+def _has_failed(image: Image) -> bool:
+    """It never came in: a full disk, say. One that could not be removed is in the same state, and stays there."""
+    last = image.operations.order_by("created").last()
+    return image.state == ImageState.FAILED and last is not None and last.kind == Kind.IMAGE_IMPORT
+
+
+def _make_room(name: str) -> None:
+    """The older one of a name is called by its digest from now on; what was made from it goes on."""
+    older = Image.objects.filter(project=None, name=name).exclude(state=ImageState.DELETED).first()
+    if older is not None:
+        older.name = f"{name[:50]}-{(older.wanted_sha256 or older.sha256 or older.uuid.hex)[:12]}"
+        older.save(update_fields=["name"])
+
+
+def is_coming() -> bool:
+    """Whether the image that is started by default is being brought in."""
+    active = Operation.objects.filter(image__project=None, image__name=DEFAULT_NAME, finished=None)
+    return active.filter(kind=Kind.IMAGE_IMPORT.value).exists()
