@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from recvirt.nestedcloud import console
 from recvirt.nestedcloud.central.models import Worker
+from recvirt.nestedcloud.cli import main_group
 from recvirt.nestedcloud.client.api import VARIABLE, Access, save_access
 from recvirt.nestedcloud.client.console_commands import _tamed
 from recvirt.nestedcloud.client.terminal import raw_terminal
-from recvirt.nestedcloud.console import Close
+from recvirt.nestedcloud.console import MESSAGE_BYTES_MAX, Close
 from tests.cloud.terminal import Terminal
 from tests.cloud.test_console import PATIENCE, Lab, lab, wait_until
 from tests.cloud.test_stream import server
@@ -163,6 +165,17 @@ def test_a_log_is_tame_on_a_terminal_and_whole_in_a_pipe(shell: Shell) -> None:
     terminal = shell.terminal("logs", "web", "--follow")
     assert terminal.end() == 0
     assert b"boot\r\n?[2J" in terminal.said and b"\x1b" not in terminal.said and "ä".encode() in terminal.said
+
+
+def test_the_api_is_one_process_with_bounds_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr("uvicorn.run", lambda *_, **words: told.update(words))
+    monkeypatch.setenv("WEB_CONCURRENCY", "4")
+    result = CliRunner().invoke(main_group, ["central", "serve"])
+    assert result.exit_code == 0, result.output
+    # Both ends of a console meet in its memory.
+    assert told["workers"] == 1
+    assert told["ws_max_size"] == MESSAGE_BYTES_MAX and told["ws_per_message_deflate"] is False
 
 
 def test_what_moves_a_cursor_is_tamed() -> None:

@@ -158,10 +158,33 @@ def test_a_worker_reaches_its_own_queue_and_the_inbox_of_the_central_node() -> N
 
     own, other = "11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222"
     configure, send, receive = (re.compile(text) for text in permissions(own))
-    assert configure.search(f"worker.{own}") and receive.search(f"worker.{own}") and send.search("central")
-    for name in (f"worker.{other}", "central", f"worker.{own}x", f"x.worker.{own}"):
+    for name in (f"worker.{own}", f"worker.{own}.console"):
+        assert configure.search(name) and receive.search(name)
+    assert send.search("central")
+    for name in (f"worker.{other}", "central", f"worker.{own}x", f"x.worker.{own}", f"worker.{other}.console"):
         assert not receive.search(name) and not configure.search(name), name
-    assert not send.search(f"worker.{other}")
+    for name in (f"worker.{other}", f"worker.{other}.console", f"worker.{own}.consoles", f"worker.{own}xconsole"):
+        assert not send.search(name), name
+
+
+def test_what_an_older_version_allowed_at_the_broker_is_brought_to_this_one_s(
+    machine: Machine, programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(provision, "permissions", lambda user: ("^old$", "^old$", f"^{user}$"))
+        provision.setup(machine)
+    worker = service.load(machine.worker)
+    accounts = dict(programs.users)
+    assert programs.permissions[worker.uuid] == f"^{worker.uuid}$"
+    provision.setup(machine)
+    assert programs.permissions[worker.uuid] == permissions(worker.uuid)[2]
+    # The passwords stay, and the tools are slow: nothing is imported when there is nothing new.
+    assert set(programs.users) == set(accounts) and all(
+        programs.can_log_in(url) for url in (worker.broker, central_config.load(machine.central).broker)
+    )
+    count = len(programs.calls)
+    provision.setup(machine)
+    assert not [argv for argv, _, _ in programs.calls[count:] if "import_definitions" in argv]
 
 
 @pytest.mark.parametrize(("status", "kind"), [(14, "kvm"), (10, "qemu"), (11, "qemu"), (13, "qemu"), (1, "qemu")])

@@ -123,7 +123,7 @@ class Consoles:
             code, reason = next(iter(done)).result()
             await socket.close(code, console.reason(reason))
         finally:
-            await asyncio.shield(asyncio.to_thread(stream.close))
+            await _to_its_end(asyncio.to_thread(stream.close))
 
     async def _from_guest(self, call: ConsoleCall, stream: ConsoleStream, socket: ClientConnection) -> tuple[int, str]:
         while data := await stream.read():
@@ -166,6 +166,16 @@ class Consoles:
 
     def _read_log(self, path: Path, offset: int) -> tuple[bytes, int]:
         return read_log(self._hypervisor.connection, path, offset)
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Who cancels this waits for the work all the same: the console must be free for the next one."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 async def _within(seconds: float, work: Awaitable[T]) -> T:
