@@ -10,14 +10,14 @@ PYTHON = $(VENV)/bin/python
 BUILD_FLAGS =
 TEST_FLAGS =
 
-.PHONY: help host dev image check lint types unit acceptance test bench clean stage-tests \
+.PHONY: help host dev image check lint types unit acceptance test bench clean stage-tests cloud-debian \
 	acceptance-deep acceptance-kernels acceptance-vmx acceptance-matrix acceptance-mutations \
 	image-minimal image-debian-kernel image-kernel-7 image-bookworm image-debug image-bench \
 	acceptance-minimal acceptance-debian-kernel acceptance-kernel-7 acceptance-bookworm
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "longer ones: stage-tests bench acceptance-deep acceptance-kernels acceptance-vmx acceptance-matrix acceptance-mutations"
+	@echo "longer ones: stage-tests cloud-debian bench acceptance-deep acceptance-kernels acceptance-vmx acceptance-matrix acceptance-mutations"
 	@echo "             image-PROFILE and acceptance-PROFILE for minimal debian-kernel kernel-7 bookworm"
 
 host:
@@ -49,6 +49,9 @@ test: check acceptance
 stage-tests: dev
 	$(PYTHON) -m pytest -v tests/stages tests/unit tests/cloud -m slow
 	$(PYTHON) -m pytest -v tests/stages -m "not slow"
+
+cloud-debian: dev
+	$(PYTHON) -m pytest -v tests/stages/test_cloud_debian.py
 
 acceptance-deep: host
 	$(RECVIRT) test --deep $(TEST_FLAGS) $(PROFILE)

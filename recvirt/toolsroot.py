@@ -71,6 +71,30 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "python3-pefile",
         "reprepro",
     ),
+    # The packages that the cloud runs on in an image, and what its tests want besides.
+    "cloud": (
+        "python3-celery",
+        "python3-click",
+        "python3-dateutil",
+        "python3-django",
+        "python3-djangorestframework",
+        "python3-libvirt",
+        "python3-psycopg2",
+        "python3-pycdlib",
+        "python3-requests",
+        "python3-uvicorn",
+        "python3-hypothesis",
+        "python3-openapi-spec-validator",
+        "python3-pytest",
+        "python3-pytest-django",
+        "python3-pytest-xdist",
+        "e2fsprogs",
+        "nginx-light",
+        "openssl",
+        "postgresql",
+        "qemu-utils",
+        "xfsprogs",
+    ),
 }
 
 

@@ -25,6 +25,8 @@ from recvirt.ui import format_seconds, reporter
 
 __all__ = ["Options", "Promises", "run_acceptance", "select"]
 
+#: An image that has it carries the Nested Cloud.
+CLOUD_PACKAGE = "recvirt-cloud"
 #: Kept after a run, below the output folder.
 CONSOLES = "consoles"
 #: What the overlays of an ordinary run grow to, and some more.
@@ -46,7 +48,9 @@ def run_acceptance(
 
     Raises AcceptanceError, after the reports are written, unless every check passed or was skipped for a reason.
     """
-    checks = select(options.checks, options.scenes)
+    # The cloud is proved wherever it is promised; it needs no asking for.
+    scenes = (*options.scenes, "cloud") if CLOUD_PACKAGE in promises.packages else options.scenes
+    checks = select(options.checks, scenes)
     started, clock = datetime.now(UTC), time.monotonic()
     image = image.resolve()
     out_dir = out_dir.resolve()

@@ -36,6 +36,8 @@ NFS_CONF = "/etc/recvirt/nfs.conf"
 CONFIG_DRIVE = "ConfigDrive"
 #: How much larger than the image the first guest's disk is.
 GROWTH_BYTES = 1024**3
+#: Memory of the guest that runs the cloud and instances.
+CLOUD_BYTES = 4 * 1024**3
 #: The power is cut when the guest has written so much since the start of its first boot.
 CUT_AFTER_BYTES = (1, 3 * 1024**2, 10 * 1024**2)
 #: A console without a new word for so long is that of a guest that hangs (scaled like all limits).
@@ -203,6 +205,15 @@ def kernels(acceptance: Acceptance) -> Iterator[Guest]:
         yield guest
 
 
+@contextmanager
+def cloud(acceptance: Acceptance) -> Iterator[Guest]:
+    """A machine with room for instances, which sets up its cloud at this first boot."""
+    overlay = fresh_overlay(acceptance, acceptance.work_dir / "cloud", GROWTH_BYTES * 2)
+    template = MachineSpec(memory_bytes=CLOUD_BYTES)
+    with booted(acceptance, "cloud", overlay, cloud_config(acceptance, "cloud"), template) as guest:
+        yield guest
+
+
 def _cut_after(acceptance: Acceptance, vm: Vm, written_bytes: int) -> tuple[float, str]:
     """Cut the power when the guest has written enough, or at the latest when its SSH server greets."""
     access = vm.ssh(TEST_USER, acceptance.key)
@@ -232,7 +243,7 @@ def bytes_written(vm: Vm) -> int:
 
 
 SCENE_BOOTS: dict[str, Callable[[Acceptance], object]] = {
-    "first": first, "second": second, "powercut": powercut, "kernels": kernels,
+    "first": first, "second": second, "powercut": powercut, "kernels": kernels, "cloud": cloud,
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,10 +127,20 @@ class Guest:
 
     def reboot(self) -> float:
         """Ask systemd for a reboot and wait until the new system has settled; the seconds until SSH is back."""
+        return self._again(lambda _vm: self.out("systemctl --no-block reboot"))
+
+    def reset(self) -> float:
+        """Begin anew from one instruction to the next, as after a power cut: the guest learns nothing of it.
+
+        The seconds until SSH is back.
+        """
+        return self._again(Vm.reset)
+
+    def _again(self, restart: Callable[[Vm], object]) -> float:
         if self.vm is None:
             raise GuestError("a guest inside a guest is not rebooted from here")
         before = self.boot_id()
-        self.out("systemctl --no-block reboot")
+        restart(self.vm)
         self.access.close_shared()
         self.vm.mark()
 

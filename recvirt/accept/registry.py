@@ -23,13 +23,14 @@ SCENES = {
     "reboot": "the same machine after a reboot",
     "second": "a second copy, UEFI, with a config drive and its NFS servers away",
     "powercut": "a third copy, whose power is cut several times during the first boot",
+    "cloud": "the Nested Cloud, where the profile has it: instances under KVM, by its own commands",
     "pair": "first and second copy, compared",
     "deep": "an L2 that is the image itself, and an L3 in it",
     "kernels": "a login on the serial console; kernels that come, fail and go; the rescue shell",
     "matrix": "a boot for each disk controller and network card",
     "vmx": "the kernel on an emulated Intel processor (Bochs)",
 }
-OPTIONAL_SCENES = ("deep", "kernels", "matrix", "vmx")
+OPTIONAL_SCENES = ("cloud", "deep", "kernels", "matrix", "vmx")
 #: A scene that is a later part of another one's boot, or needs several.
 NEEDS = {"reboot": ("first",), "pair": ("first", "second")}
 
@@ -44,6 +45,7 @@ _MODULES = (
     "virtual",
     "lifecycle",
     "kernels",
+    "nestedcloud",
     "deeper",
     "matrix",
     "vmx",

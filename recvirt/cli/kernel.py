@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from recvirt.cli import App, pass_app
 from recvirt.cli.completion import complete_target
@@ -64,29 +65,60 @@ def _configure(app: App, name: str, overrides: tuple[str, ...], offline: bool) -
     return _Configured(model, context, folder / "config", report, planned[-1].inputs)
 
 
+class _PrintsByDefault(click.Group):
+    """What names none of its commands is meant for ``print``: ``config minimal`` is ``config print minimal``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:
+            # What is being completed may still become a command.
+            args = [] if ctx.resilient_parsing else ["print"]
+        elif args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["print", *args]
+        return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        return [
+            *super().shell_complete(ctx, incomplete),
+            *complete_target(ctx, click.Argument(["profile"]), incomplete),
+        ]
+
+
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]}, short_help="Print, explain, compare and audit kernels."
 )
 def kernel() -> None:
-    """Look at the kernel configuration of a profile: what it is, why, and how it compares.
+    """Look at the kernel of a profile.
 
     \b
     Examples:
       recvirt kernel config
-      recvirt kernel explain KVM_INTEL
-      recvirt kernel diff default debug
-      recvirt kernel audit
+      recvirt kernel config explain KVM_INTEL
     """
 
 
-@kernel.command(short_help="Print a resolved configuration.")
+@kernel.group(cls=_PrintsByDefault, short_help="Print, explain, compare and audit configurations.")
+def config() -> None:
+    """Look at the kernel configuration of a profile: what it is, why, and how it compares.
+
+    Without a command, print it; a profile that is called like a command needs "print" before it.
+
+    \b
+    Examples:
+      recvirt kernel config minimal > .config
+      recvirt kernel config explain KVM_INTEL
+      recvirt kernel config diff default debug
+      recvirt kernel config audit
+    """
+
+
+@config.command("print", short_help="Print a resolved configuration.")
 @click.argument("profile", default="default", shell_complete=complete_target)
 @_set_option
 @_offline_option
 @click.option("--where", is_flag=True, help="Print the path of the file instead of its text.")
 @_json_option
 @pass_app
-def config(app: App, profile: str, overrides: tuple[str, ...], offline: bool, where: bool, as_json: bool) -> None:
+def print_config(app: App, profile: str, overrides: tuple[str, ...], offline: bool, where: bool, as_json: bool) -> None:
     """Print the resolved configuration of PROFILE (or its report, as JSON).
 
     \b
@@ -103,7 +135,7 @@ def config(app: App, profile: str, overrides: tuple[str, ...], offline: bool, wh
         click.echo(done.text, nl=False)
 
 
-@kernel.command(short_help="Say who asked for a symbol, and why.")
+@config.command(short_help="Say who asked for a symbol, and why.")
 @click.argument("symbol")
 @click.argument("profile", default="default", shell_complete=complete_target)
 @_set_option
@@ -115,8 +147,8 @@ def explain(app: App, symbol: str, profile: str, overrides: tuple[str, ...], off
 
     \b
     Examples:
-      recvirt kernel explain KVM_INTEL
-      recvirt kernel explain DEBUG_FS debug --json
+      recvirt kernel config explain KVM_INTEL
+      recvirt kernel config explain DEBUG_FS debug --json
     """
     from recvirt.kconfig.dotconfig import parse_dotconfig
     from recvirt.kconfig.explain import explain as facts_of
@@ -127,7 +159,7 @@ def explain(app: App, symbol: str, profile: str, overrides: tuple[str, ...], off
     click.echo(json.dumps(facts, indent=1) if as_json else "\n".join(explain_lines(facts)))
 
 
-@kernel.command(short_help="Compare two configurations.")
+@config.command(short_help="Compare two configurations.")
 @click.argument("left")
 @click.argument("right")
 @_offline_option
@@ -140,8 +172,8 @@ def diff(app: App, left: str, right: str, offline: bool, as_json: bool) -> None:
 
     \b
     Examples:
-      recvirt kernel diff default debug
-      recvirt kernel diff default /boot/config-6.12.0-amd64 --json
+      recvirt kernel config diff default debug
+      recvirt kernel config diff default /boot/config-6.12.0-amd64 --json
     """
     from recvirt.kconfig.dotconfig import compare, parse_dotconfig
 
@@ -163,7 +195,7 @@ def _config_text(app: App, name: str, offline: bool) -> str:
     return _configure(app, name, (), offline).text
 
 
-@kernel.command(short_help="Judge a kernel's hardening, beside Debian's.")
+@config.command(short_help="Judge a kernel's hardening, beside Debian's.")
 @click.argument("profile", default="default", shell_complete=complete_target)
 @_set_option
 @_offline_option
@@ -177,8 +209,8 @@ def audit(app: App, profile: str, overrides: tuple[str, ...], offline: bool, as_
 
     \b
     Examples:
-      recvirt kernel audit
-      recvirt kernel audit kernel-7 --json
+      recvirt kernel config audit
+      recvirt kernel config audit kernel-7 --json
     """
     from recvirt.kconfig.audit import audit_lines
 

@@ -6,23 +6,34 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from recvirt import __version__
 from recvirt.nestedcloud.client.api import VARIABLE, ApiError
 from recvirt.nestedcloud.client.commands import COMMANDS
+from recvirt.nestedcloud.client.completion import completion
+from recvirt.nestedcloud.client.console_commands import CONSOLE_COMMANDS
 from recvirt.nestedcloud.client.people_commands import PEOPLE_COMMANDS
 from recvirt.nestedcloud.client.sight_commands import SIGHT_COMMANDS
 from recvirt.nestedcloud.client.storage_commands import STORAGE_COMMANDS
 from recvirt.nestedcloud.client.time_commands import TIME_COMMANDS
-
-#: Exit statuses, one a class of error.
-STATUS_USAGE, STATUS_REFUSED, STATUS_UNREACHABLE, STATUS_CONFIG = 2, 3, 4, 5
+from recvirt.nestedcloud.statuses import ExitStatus
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; end quietly when whoever reads along has read enough, as ``| head -1``."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # The interpreter must not try to say the rest when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(ExitStatus.OUTPUT_CLOSED) from None
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="recvirt-cloud")
 @click.option("--project", metavar="NAME", help="Another project than the access file's.")
 def main_group(project: str | None) -> None:
@@ -37,7 +48,7 @@ def main_group(project: str | None) -> None:
     """
 
 
-for _command in (*COMMANDS, *STORAGE_COMMANDS, *TIME_COMMANDS, *PEOPLE_COMMANDS, *SIGHT_COMMANDS):
+for _command in (*COMMANDS, *CONSOLE_COMMANDS, *STORAGE_COMMANDS, *TIME_COMMANDS, *PEOPLE_COMMANDS, *SIGHT_COMMANDS):
     main_group.add_command(_command)
 
 
@@ -75,7 +86,12 @@ def dev(folder: Path | None, port: int) -> None:
 
 @main_group.group()
 def central() -> None:
-    """The central node's services, as systemd starts them."""
+    """The central node's services, as systemd starts them, and what its administrator does there.
+
+    \b
+    Example:
+      sudo -u recvirt-central recvirt-cloud central migrate
+    """
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "recvirt.nestedcloud.central.settings")
 
 
@@ -88,30 +104,69 @@ def _setup() -> None:
         django.setup()
     except ConfigError as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(STATUS_CONFIG)
+        sys.exit(ExitStatus.CONFIG)
 
 
 @central.command()
 def migrate() -> None:
-    """Bring the database's tables to this version."""
-    _setup()
-    from django.core.management import call_command
+    """Bring the database's tables to this version: all the way, or not at all.
 
-    call_command("migrate", verbosity=1)
+    \b
+    Example:
+      sudo -u recvirt-central recvirt-cloud central migrate
+    """
+    _setup()
+    from recvirt.nestedcloud.central.upgrade import UnreachableError, UpgradeError, upgrade
+
+    try:
+        upgrade(click.echo)
+    except UnreachableError as error:
+        _fail(str(error), "is PostgreSQL running? systemctl status 'postgresql@*'", ExitStatus.CONFIG)
+    except UpgradeError as error:
+        _fail(
+            f"the database can't be brought to version {__version__}: {error}",
+            "nothing was changed: the version that wrote it can still use it, and pg_dump can still read it",
+            ExitStatus.UPGRADE,
+        )
 
 
 @central.command()
-@click.option("--port", default=8780, show_default=True)
+def restored() -> None:
+    """Say that a backup of the database was restored, before the services start again.
+
+    What was under way when it was taken is ended, so that nothing is done twice.
+
+    \b
+    Example:
+      sudo -u recvirt-central recvirt-cloud central restored
+    """
+    _setup()
+    from recvirt.nestedcloud.central.restore import settle
+
+    click.echo(f"{settle()} operations were under way and are ended")
+
+
+@central.command()
+@click.option("--port", default=8780, show_default=True, help="Of 127.0.0.1.")
 @click.option("--socket", "socket_path", type=click.Path(path_type=Path), help="Listen here instead of on the port.")
 def serve(port: int, socket_path: Path | None) -> None:
-    """Serve the API on 127.0.0.1, or on a socket; a TLS front stands before it."""
+    """Serve the API on 127.0.0.1, or on a socket; a TLS front stands before it.
+
+    \b
+    Example:
+      recvirt-cloud central serve --socket /run/recvirt-cloud/api.sock
+    """
     _setup()
     import uvicorn
+
+    from recvirt.nestedcloud.central.relay import SERVER_OPTIONS
 
     where: dict[str, Any] = {"uds": str(socket_path)} if socket_path else {"host": "127.0.0.1", "port": port}
     uvicorn.run(
         "recvirt.nestedcloud.central.asgi:application", **where, log_level="warning", server_header=False,
         lifespan="off", proxy_headers=True, forwarded_allow_ips="*" if socket_path else "127.0.0.1",
+        # One, whatever WEB_CONCURRENCY says: both ends of a console meet in its memory.
+        workers=1, **SERVER_OPTIONS,
     )  # fmt: skip
 
 
@@ -121,6 +176,10 @@ def serve(port: int, socket_path: Path | None) -> None:
 def init(worker_uuid: str, name: str) -> None:
     """Write the first rows: a project, the administrator, the worker on this machine, and the images that packages
     brought. Again changes nothing.
+
+    \b
+    Example:
+      recvirt-cloud central init --worker 11111111-1111-4111-8111-111111111111 --name local
     """
     _setup()
     from recvirt.nestedcloud.central.bundled import ensure_bundled
@@ -132,10 +191,15 @@ def init(worker_uuid: str, name: str) -> None:
 
 
 @central.command()
-@click.option("--user", default="admin", show_default=True)
+@click.option("--user", default="admin", show_default=True, help="Who gets it.")
 @click.option("--name", default="command line", show_default=True, help="What it is for.")
 def token(user: str, name: str) -> None:
-    """Issue an API token for a user; it is shown this once."""
+    """Issue an API token for a user; it is shown this once.
+
+    \b
+    Example:
+      sudo -u recvirt-central recvirt-cloud central token --user bob --name laptop
+    """
     _setup()
     from recvirt.nestedcloud.central.first import issue_token
 
@@ -147,24 +211,34 @@ def token(user: str, name: str) -> None:
 
 @central.command()
 def dispatch() -> None:
-    """Tell the workers what is to be done."""
+    """Tell the workers what is to be done.
+
+    \b
+    Example:
+      recvirt-cloud central dispatch
+    """
     _setup()
     import signal
     import threading
 
     from recvirt.nestedcloud.central import config, dispatcher
-    from recvirt.nestedcloud.queue import Sender, make_app
+    from recvirt.nestedcloud.queue import Sender
 
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     settings = config.load()
-    dispatcher.run(Sender(make_app(settings.broker), settings.broker).command, stop=stop.is_set)
+    dispatcher.run(Sender(settings.broker).command, stop=stop.is_set)
 
 
 @central.command()
 def consume() -> None:
-    """Write down what the workers report."""
+    """Write down what the workers report.
+
+    \b
+    Example:
+      recvirt-cloud central consume
+    """
     _setup()
     from recvirt.nestedcloud.central import config, consumer
 
@@ -174,7 +248,12 @@ def consume() -> None:
 @central.command()
 @click.argument("name")
 def administrator(name: str) -> None:
-    """Make an administrator, and print a token for them: whoever has this machine has the cloud."""
+    """Make an administrator, and print a token for them: whoever has this machine has the cloud.
+
+    \b
+    Example:
+      sudo -u recvirt-central recvirt-cloud central administrator ada
+    """
     _setup()
     from recvirt.nestedcloud.central.people import make_administrator
 
@@ -193,10 +272,10 @@ def setup() -> None:
 
     try:
         provision.setup(provision.Machine(tell=click.echo))
+    except provision.UpgradeFailedError as error:
+        _fail(str(error), "docs/operating.md, 'Upgrade', tells the ways on", ExitStatus.UPGRADE)
     except provision.ProvisionError as error:
-        click.echo(f"error: {error}", err=True)
-        click.echo("hint: once that is put right, the next run goes on from there", err=True)
-        sys.exit(STATUS_CONFIG)
+        _fail(str(error), "once that is put right, the next run goes on from there", ExitStatus.CONFIG)
 
 
 @main_group.command("login-here")
@@ -218,29 +297,78 @@ def login_here() -> None:
 
 @main_group.group()
 def worker() -> None:
-    """A worker's service."""
+    """A worker's service.
+
+    \b
+    Example:
+      recvirt-cloud worker run --config /etc/recvirt-cloud/worker.toml
+    """
+
+
+_config_option = click.option(
+    "--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="Its configuration."
+)
 
 
 @worker.command("run")
-@click.option("--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="Its configuration.")
+@_config_option
 def worker_run(path: Path | None) -> None:
-    """Carry out what the central node asks for."""
+    """Carry out what the central node asks for.
+
+    \b
+    Example:
+      recvirt-cloud worker run --config /etc/recvirt-cloud/worker.toml
+    """
+    from recvirt.nestedcloud.worker import service
+
+    service.Service(_worker_config(path)).run()
+
+
+@worker.command("consoles")
+@_config_option
+def worker_consoles(path: Path | None) -> None:
+    """Bring the instances' serial consoles to whom the central node names.
+
+    \b
+    Example:
+      recvirt-cloud worker consoles --config /etc/recvirt-cloud/worker.toml
+    """
+    config = _worker_config(path)
+    from recvirt.nestedcloud.worker import consoles
+
+    consoles.ConsoleService(config).run()
+
+
+def _worker_config(path: Path | None) -> Any:
     from recvirt.nestedcloud.worker import service
 
     try:
-        config = service.load(path or service.DEFAULT_PATH)
+        return service.load(path or service.DEFAULT_PATH)
     except service.ConfigError as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(STATUS_CONFIG)
-    service.Service(config).run()
+        sys.exit(ExitStatus.CONFIG)
+
+
+main_group.add_command(completion)
+
+
+def _fail(message: str, hint: str, status: ExitStatus) -> NoReturn:
+    click.echo(f"error: {message}", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)
+    sys.exit(status)
 
 
 def main() -> None:
     """The entry point: errors as one line and a hint, with a status of their own."""
+    kinds = {"unreachable": ExitStatus.UNREACHABLE, "timed-out": ExitStatus.TIMED_OUT}
     try:
-        main_group(prog_name="recvirt-cloud")
+        status = main_group.main(prog_name="recvirt-cloud", standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else ExitStatus.DONE)
     except ApiError as error:
-        click.echo(f"error: {error.message}", err=True)
-        if error.hint:
-            click.echo(f"hint: {error.hint}", err=True)
-        sys.exit(STATUS_UNREACHABLE if error.kind == "unreachable" else STATUS_REFUSED)
+        _fail(error.message, error.hint, kinds.get(error.kind, ExitStatus.REFUSED))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", "", ExitStatus.INTERRUPTED)

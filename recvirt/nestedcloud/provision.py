@@ -7,6 +7,7 @@ Nothing secret is in an image; all of it is made here. Owns the order of the ste
 from __future__ import annotations
 
 import base64
+import grp
 import hashlib
 import json
 import os
@@ -23,8 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from recvirt.nestedcloud.model import NAME
+from recvirt.nestedcloud.statuses import ExitStatus
 
 CENTRAL_USER, WORKER_USER, BROKER_USER = "recvirt-central", "recvirt-worker", "rabbitmq"
+#: Who may see uploads, and who (QEMU) may use disks and images.
+SPOOL_GROUP, DISKS_GROUP = "recvirt-spool", "recvirt-disks"
 #: The central node's account at the broker; each worker has its UUID for one.
 BROKER_CENTRAL = "central"
 #: Every host has the same node name: the broker's data carry it.
@@ -48,6 +52,10 @@ class ProvisionError(Exception):
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+
+
+class UpgradeFailedError(ProvisionError):
+    """The database could not be brought to this version, and is as it was. Trying again gives the same."""
 
 
 #: argv, what it gets on stdin, and the user it runs as (None: root) -> its stdout.
@@ -93,6 +101,7 @@ class Machine:
     owner_of: Callable[[str], tuple[int, int]] = field(default=lambda user: pwd.getpwnam(user)[2:4])
     tell: Callable[[str], None] = print
     can_log_in: Callable[[str], bool] = can_log_in
+    group_of: Callable[[str], int] = field(default=lambda group: grp.getgrnam(group).gr_gid)
 
     @property
     def etc(self) -> Path:
@@ -103,6 +112,16 @@ class Machine:
     def state(self) -> Path:
         """What the central node keeps beside its database."""
         return self.root / "var/lib/recvirt-cloud"
+
+    @property
+    def spool(self) -> Path:
+        """Uploads on their way from the API to the worker here."""
+        return self.root / "var/lib/recvirt-cloud-spool"
+
+    @property
+    def logs(self) -> Path:
+        """What serial consoles have said."""
+        return self.root / "var/log/recvirt-cloud"
 
     @property
     def central(self) -> Path:
@@ -162,19 +181,21 @@ def domain_type(machine: Machine) -> str:
 
 
 def ensure_folders(machine: Machine) -> None:
-    """The two mounts' folders, for the worker; the state, for the central node."""
+    """The two mounts' folders, for the worker; the state, for the central node; the spool, for both; logs."""
     # Whoever runs a service may look here; the files themselves say who reads which.
     machine.etc.mkdir(parents=True, exist_ok=True)
     machine.etc.chmod(0o755)
-    for path, user, mode in (
-        (machine.state, CENTRAL_USER, 0o750),
-        (machine.root / "var/lib/recvirt/images", WORKER_USER, 0o2771),
-        (machine.root / "var/lib/recvirt/blocks", WORKER_USER, 0o2771),
+    for path, user, group, mode in (
+        (machine.state, CENTRAL_USER, CENTRAL_USER, 0o750),
+        (machine.spool, CENTRAL_USER, SPOOL_GROUP, 0o2770),
+        # virtlogd writes there as root; what an instance left is the worker's to remove.
+        (machine.logs, WORKER_USER, WORKER_USER, 0o750),
+        (machine.root / "var/lib/recvirt/images", WORKER_USER, DISKS_GROUP, 0o2771),
+        (machine.root / "var/lib/recvirt/blocks", WORKER_USER, DISKS_GROUP, 0o2771),
     ):
         path.mkdir(parents=True, exist_ok=True)
-        uid, gid = machine.owner_of(user)
         if os.geteuid() == 0:
-            os.chown(path, uid, gid)
+            os.chown(path, machine.owner_of(user)[0], machine.group_of(group))
         path.chmod(mode)
 
 
@@ -228,13 +249,13 @@ def ensure_database(machine: Machine) -> None:
 
 
 def permissions(user: str) -> tuple[str, str, str]:
-    """What an account may configure, write to and read from (RabbitMQ's access control): its own queue, and the
+    """What an account may configure, write to and read from (RabbitMQ's access control): its own queues, and the
     central node's inbox. Messages reach a queue through the default exchange, which checks the queue's name.
     """
     if user == BROKER_CENTRAL:
         return ".*", ".*", ".*"
-    own = rf"^worker\.{user}$"
-    return own, rf"^(worker\.{user}|central|amq\.default|celery)$", own
+    own = rf"worker\.{user}(\.console)?"
+    return f"^{own}$", rf"^({own}|central|amq\.default|celery)$", f"^{own}$"
 
 
 def password_hash(password: str) -> str:
@@ -262,7 +283,11 @@ def ensure_broker(machine: Machine, passwords: Mapping[str, str]) -> None:
     """RabbitMQ with our accounts and without its well-known one. Its own tools are slow, so a login is tried first."""
     machine.run(["systemctl", "start", "rabbitmq-server.service"], "", None)
     urls = [_broker_url(user, password) for user, password in passwords.items()]
-    if not all(machine.can_log_in(url) for url in urls):
+    # What an older version allowed is brought to this one's.
+    stamp = machine.etc / "broker-permissions.json"
+    allowed = json.dumps({user: permissions(user) for user in passwords})
+    is_known = stamp.exists() and stamp.read_text() == allowed
+    if not is_known or not all(machine.can_log_in(url) for url in urls):
         machine.tell("making the accounts at the broker")
         path = machine.root / "run/recvirt-cloud-accounts.json"
         write(machine, path, definitions(passwords), reader=BROKER_USER)
@@ -270,6 +295,7 @@ def ensure_broker(machine: Machine, passwords: Mapping[str, str]) -> None:
             machine.run([*RABBITMQCTL, "import_definitions", str(path)], "", None)
         finally:
             path.unlink()
+        write(machine, stamp, allowed, reader=None)
     if machine.can_log_in(_broker_url("guest", "guest")):
         machine.run([*RABBITMQCTL, "delete_user", "guest"], "", None)
 
@@ -285,6 +311,11 @@ def _broker_url(user: str, password: str) -> str:
     return f"amqp://{user}:{password}@127.0.0.1:5672//"
 
 
+def _complete(machine: Machine, path: Path, before: Mapping[str, Any], wanted: Mapping[str, Any], reader: str) -> None:
+    if not set(wanted) <= set(before):
+        write(machine, path, toml({**wanted, **before}), reader=reader)
+
+
 def configure(machine: Machine) -> dict[str, str]:
     """Both configurations, with secrets of their own; the broker's passwords by account."""
     before_central, before_worker = read(machine.central), read(machine.worker)
@@ -297,19 +328,19 @@ def configure(machine: Machine) -> dict[str, str]:
     key_path = machine.etc / "secret-key"
     if not key_path.exists():
         write(machine, key_path, secrets.token_urlsafe(48), reader=CENTRAL_USER)
-    if not before_worker:
-        write(machine, machine.worker, toml({
-            "uuid": worker, "name": own_name(), "cloud": cloud, "broker": _broker_url(worker, passwords[worker]),
-            "libvirt": "qemu:///system", "domain_type": domain_type(machine),
-            "images_dir": "/var/lib/recvirt/images", "blocks_dir": "/var/lib/recvirt/blocks",
-            "run_dir": "/run/recvirt-worker",
-        }), reader=WORKER_USER)  # fmt: skip
-    if not before_central:
-        write(machine, machine.central, toml({
-            "cloud": cloud, "database": f"postgresql:{CENTRAL_USER}",
-            "broker": _broker_url(BROKER_CENTRAL, passwords[BROKER_CENTRAL]), "secret_key_path": str(key_path),
-            "state_dir": str(machine.state), "allowed_hosts": ["*"],
-        }), reader=CENTRAL_USER)  # fmt: skip
+    # What an older version wrote keeps its values, and gets those that it did not know.
+    _complete(machine, machine.worker, before_worker, {
+        "uuid": worker, "name": own_name(), "cloud": cloud, "broker": _broker_url(worker, passwords[worker]),
+        "libvirt": "qemu:///system", "domain_type": before_worker.get("domain_type") or domain_type(machine),
+        "images_dir": "/var/lib/recvirt/images", "blocks_dir": "/var/lib/recvirt/blocks",
+        "run_dir": "/run/recvirt-worker", "spool_dir": str(machine.spool),
+        "log_dir": str(machine.logs),
+    }, WORKER_USER)  # fmt: skip
+    _complete(machine, machine.central, before_central, {
+        "cloud": cloud, "database": f"postgresql:{CENTRAL_USER}",
+        "broker": _broker_url(BROKER_CENTRAL, passwords[BROKER_CENTRAL]), "secret_key_path": str(key_path),
+        "state_dir": str(machine.state), "spool_dir": str(machine.spool), "allowed_hosts": ["*"],
+    }, CENTRAL_USER)  # fmt: skip
     return passwords
 
 
@@ -340,7 +371,12 @@ def setup(machine: Machine) -> None:
     ensure_database(machine)
     ensure_broker(machine, passwords)
     program = shutil.which("recvirt-cloud") or "recvirt-cloud"
-    machine.run([program, "central", "migrate"], "", CENTRAL_USER)
+    try:
+        machine.run([program, "central", "migrate"], "", CENTRAL_USER)
+    except ProvisionError as error:
+        if error.status == ExitStatus.UPGRADE:
+            raise UpgradeFailedError(str(error), error.status) from None
+        raise
     worker = read(machine.worker)
     machine.run([program, "central", "init", "--worker", worker["uuid"], "--name", worker["name"]], "", CENTRAL_USER)
     machine.tell("the cloud is set up")

@@ -6,7 +6,6 @@ import json
 import re
 import stat
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -143,14 +142,3 @@ def test_what_happened(shell: Shell) -> None:
 def test_an_administrator_is_made_once_and_gets_a_token_each_time(shell: Shell) -> None:
     assert make_administrator("root") != shell.token
     assert ApiToken.objects.filter(user__username="root").count() == 2
-
-
-def test_every_command_has_an_example() -> None:
-    def walk(group: Any, before: str) -> None:
-        for name, command in group.commands.items():
-            if hasattr(command, "commands"):
-                walk(command, f"{before} {name}")
-            elif before.split()[:1] not in (["central"], ["worker"]):
-                assert "Example" in (command.help or ""), f"{before} {name}"
-
-    walk(main_group, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -75,6 +76,17 @@ def test_disks_bypass_the_page_cache_and_give_back_what_is_free() -> None:
     assert attributes(disks[1], "source")["file"] == f"/var/lib/recvirt/blocks/{volume.uuid}.raw"
     assert text_of(disks[1], "serial") == volume.uuid.replace("-", "")[:20]
     assert disks[2].find("readonly") is not None
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_files_stay_whose_they_are_where_the_worker_is_not_root(keeps: bool) -> None:
+    here = replace(host(), keeps_files=keeps)
+    domain = ET.fromstring(domain_xml(instance(), here, operation="op"))
+    sources = domain.findall("devices/disk/source")
+    assert len(sources) == 2
+    for source in sources:
+        label = source.find("seclabel")
+        assert (label is not None and label.attrib == {"model": "dac", "relabel": "no"}) is keeps
 
 
 def test_there_are_ports_for_what_comes_later() -> None:

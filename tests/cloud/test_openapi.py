@@ -17,8 +17,8 @@ from tests.cloud.conftest import Cloud, client_of, make_user
 from tests.cloud.test_operations import launched
 
 ENDPOINTS = sorted(endpoints(), key=lambda endpoint: (endpoint.path, endpoint.method))
-#: The stream is asynchronous, and has tests of its own (test_stream.py).
-ANSWERING = [endpoint for endpoint in ENDPOINTS if endpoint.action != "stream"]
+#: These are asynchronous, and have tests of their own (test_stream.py, test_console.py).
+ANSWERING = [endpoint for endpoint in ENDPOINTS if endpoint.action not in ("stream", "console_socket")]
 BELOW = [endpoint for endpoint in ANSWERING if "project" in endpoint.parameters]
 
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,8 +15,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from recvirt.data import data_path
 from recvirt.nestedcloud import provision
 from recvirt.nestedcloud.central import config as central_config
+from recvirt.nestedcloud.central.bodies import BODY_BYTES_MAX
 from recvirt.nestedcloud.provision import Machine, ProvisionError, password_hash, permissions
 from recvirt.nestedcloud.worker import service
 
@@ -81,7 +84,9 @@ def programs(tmp_path: Path) -> Programs:
 def machine(programs: Programs) -> Machine:
     (programs.root / "run").mkdir()
     owner = (os.geteuid(), os.getegid())
-    return Machine(programs.root, programs, lambda _user: owner, lambda _text: None, programs.can_log_in)
+    return Machine(
+        programs.root, programs, lambda _user: owner, lambda _text: None, programs.can_log_in, lambda _group: owner[1]
+    )
 
 
 def test_both_services_can_read_their_configuration_afterwards(machine: Machine) -> None:
@@ -180,3 +185,34 @@ def test_a_program_that_is_not_there_is_named() -> None:
     with pytest.raises(ProvisionError, match="status 3") as caught:
         provision.run_program(["sh", "-c", "exit 3"], "", None)
     assert caught.value.status == 3
+
+
+def test_api_and_worker_share_a_folder_for_uploads(machine: Machine) -> None:
+    provision.setup(machine)
+    spool = central_config.load(machine.central).spool
+    assert Path(service.load(machine.worker).spool_dir) == spool == machine.spool
+    assert stat.S_IMODE(spool.stat().st_mode) == 0o2770
+
+
+def test_the_worker_can_remove_what_consoles_said(machine: Machine) -> None:
+    provision.setup(machine)
+    assert Path(service.load(machine.worker).log_dir) == machine.logs
+    assert machine.logs.is_dir()
+
+
+def test_an_older_configuration_keeps_its_values_and_gets_what_it_lacks(machine: Machine) -> None:
+    provision.setup(machine)
+    text = machine.worker.read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("spool_dir")]
+    machine.worker.write_text("\n".join([*lines, "concurrency = 9", ""]).replace('"kvm"', '"qemu"'))
+    provision.setup(machine)
+    found = service.load(machine.worker)
+    assert (found.concurrency, found.domain_type) == (9, "qemu")
+    assert found.spool_dir == str(machine.spool)
+
+
+def test_the_front_lets_through_what_the_api_takes() -> None:
+    text = data_path("packages", "recvirt-cloud", "root", "usr", "share", "recvirt-cloud", "nginx.conf").read_text()
+    found = re.search(r"client_max_body_size (\d+)k;", text)
+    assert found is not None
+    assert int(found[1]) * 1024 == BODY_BYTES_MAX

@@ -54,10 +54,10 @@ def test_working_days_count_and_until() -> None:
     ],
 )  # fmt: skip
 def test_a_rule_that_can_t_be_used_is_refused_quickly(rule: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(RecurrenceError):
         Plan(BEGINS, rule)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize("zone", ["Mars/Olympus", "../../etc/passwd", "/etc/passwd", "", "\x00"])

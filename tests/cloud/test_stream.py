@@ -15,7 +15,7 @@ import pytest
 import requests
 from django.core.cache import cache
 
-from recvirt.nestedcloud.central import audit, stream
+from recvirt.nestedcloud.central import audit, relay, stream
 from recvirt.nestedcloud.central.models import ApiToken, Event, Membership, Project
 from recvirt.nestedcloud.client.api import Access, Api, ApiError
 from recvirt.nestedcloud.client.sight_commands import _line, follow
@@ -65,7 +65,9 @@ def server(transactional_db: None, settings: Any) -> Iterator[Server]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        config = uvicorn.Config(application, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            application, log_level="error", lifespan="off", timeout_graceful_shutdown=1, **relay.SERVER_OPTIONS
+        )
         running = uvicorn.Server(config)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

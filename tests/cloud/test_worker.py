@@ -63,7 +63,7 @@ class Bench:
         return self.agent.hypervisor.power(self.agent.hypervisor.get(spec.uuid))
 
     def files(self) -> list[str]:
-        return sorted(path.name for path in self.host.blocks_dir.iterdir())
+        return sorted(path.name for path in self.host.blocks_dir.iterdir() if path != self.host.graves_dir)
 
 
 @pytest.fixture

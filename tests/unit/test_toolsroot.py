@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from recvirt import toolsroot
+from recvirt.data import RESOURCES_DIR
 from recvirt.errors import SpaceError, StageError
 from recvirt.run import find_tool
 from recvirt.store import Store, key_of
@@ -111,6 +113,12 @@ def test_an_extra_set_is_a_tools_root_of_its_own(extra: str) -> None:
     assert set(EXTRAS[extra]) <= set(inputs.packages)
     assert {"apt", "ca-certificates"} <= set(inputs.packages)
     assert key_of("tools", 1, inputs) != key_of("tools", 1, tools_inputs())
+
+
+def test_the_clouds_tests_run_on_the_python_packages_that_its_own_package_wants() -> None:
+    control = (RESOURCES_DIR / "packages/recvirt-cloud/DEBIAN/control").read_text()
+    wanted = set(re.findall(r"python3-[a-z0-9]+", control))
+    assert len(wanted) > 5 and wanted <= set(EXTRAS["cloud"])
 
 
 def test_every_input_changes_the_key() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 from celery import Celery
-from django.db import close_old_connections
+from django.db import InterfaceError, OperationalError, close_old_connections
 
 from recvirt.nestedcloud.central import reports
 from recvirt.nestedcloud.central.config import Config
@@ -15,6 +16,23 @@ from recvirt.nestedcloud.queue import CENTRAL_QUEUE, HEARTBEAT, REPORT, make_app
 
 log = logging.getLogger(__name__)
 
+_PAUSE_SECONDS = 2.0
+
+
+def write_down(report: Report) -> None:
+    """Apply it, however long the database is away: the broker keeps this report and those behind it."""
+    trouble = False
+    while True:
+        close_old_connections()
+        try:
+            reports.apply(report)
+            return
+        except (OperationalError, InterfaceError) as error:
+            if not trouble:
+                log.error("nothing can be written down: %s", error)
+            trouble = True
+        time.sleep(_PAUSE_SECONDS)
+
 
 def make_consumer(config: Config) -> Celery:
     """A Celery application with the two tasks of the central node."""
@@ -22,9 +40,8 @@ def make_consumer(config: Config) -> Celery:
 
     @app.task(name=REPORT)  # type: ignore[untyped-decorator]
     def report(data: Any) -> None:
-        close_old_connections()
         try:
-            reports.apply(decode(Report, data))
+            write_down(decode(Report, data))
         except ModelError as error:
             log.error("a report that is not understood: %s", error)
 

@@ -16,16 +16,16 @@ from django.db import close_old_connections, connection, transaction
 from django.db.models import Q
 from django.utils import timezone
 
-from recvirt.nestedcloud.central import health, schedules, storage_reports
+from recvirt.nestedcloud.central import health, reports, schedules, storage_reports
 from recvirt.nestedcloud.central.models import Event, Instance, InstanceState, Operation
+from recvirt.nestedcloud.central.reports import ATTEMPTS_MAX
 from recvirt.nestedcloud.central.specs import command_of
 from recvirt.nestedcloud.model import Command, Fault, Kind, ModelError, Phase
+from recvirt.nestedcloud.queue import COMMAND_SECONDS
 
 log = logging.getLogger(__name__)
 
-#: After so many attempts without an answer an operation has failed.
-ATTEMPTS_MAX = 10
-_LEASE_MAX_SECONDS = 900.0
+_LEASE_MAX_SECONDS = float(COMMAND_SECONDS)
 _BATCH = 50
 
 #: Sends a command to a worker's queue.
@@ -38,11 +38,21 @@ def tick(publish: Publish) -> int:
     while (claimed := _claim()) is not None:
         operation, command = claimed
         if command is not None:
-            publish(str(operation.worker_id), command)
+            try:
+                publish(str(operation.worker_id), command)
+            except Exception:
+                _take_back(operation)
+                raise
         count += 1
         if count >= _BATCH:
             break
     return count
+
+
+def _take_back(operation: Operation) -> None:
+    """The broker is away: that is no attempt, and no lease need run out before the next one."""
+    claimed = Operation.objects.filter(pk=operation.pk, attempt=operation.attempt, phase=Phase.SENT.value)
+    claimed.update(phase=Phase.QUEUED.value, attempt=operation.attempt - 1, lease_until=None)
 
 
 def _claim() -> tuple[Operation, Command | None] | None:
@@ -79,8 +89,12 @@ def _give_up(operation: Operation, message: str, fault: Fault = Fault.TIMED_OUT)
     operation.phase, operation.fault, operation.message = Phase.FAILED.value, fault.value, message
     operation.finished, operation.lease_until = timezone.now(), None
     operation.save()
-    if operation.kind in (Kind.LAUNCH, Kind.CLONE) and operation.instance_id is not None:
-        Instance.objects.filter(pk=operation.instance_id).update(state=InstanceState.FAILED)
+    if operation.instance_id is not None:
+        instance = Instance.objects.select_for_update().get(pk=operation.instance_id)
+        if operation.kind in (Kind.LAUNCH, Kind.CLONE):
+            instance.state = InstanceState.FAILED
+        reports.settle_promises(instance)
+        instance.save()
     storage_reports.finish(operation, False, {})
     Event.objects.create(
         project=operation.project, user=operation.user, kind="operation.failed", subject=operation.uuid,

@@ -25,7 +25,10 @@ from recvirt import __version__
 _METHODS = ("get", "post", "put", "patch", "delete")
 _KEYED = "Idempotency-Key"
 _SUCCESS = {"create": 202, "destroy": 202}
-_TEXTS = {200: "Done.", 201: "Made.", 202: "Accepted: the operation.", 204: "Done; nothing to say."}
+_TEXTS = {
+    101: "A WebSocket from then on.", 200: "Done.", 201: "Made.", 202: "Accepted: the operation.",
+    204: "Done; nothing to say.",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,8 @@ class _Document:
         said = getattr(endpoint.view, "answers", {}).get(endpoint.action)
         if said is not None:
             return int(said)
+        if endpoint.action == "console_socket":
+            return 101
         if endpoint.method in ("get", "patch", "put"):
             return 200
         return _SUCCESS.get(endpoint.action, 202 if not hasattr(endpoint.view, "answers") else 200)
@@ -230,7 +235,7 @@ class _Document:
         return {str(status): success, "default": {"description": "Refused, and why.", "content": problem}}
 
     def _result(self, endpoint: Endpoint, status: int) -> dict[str, Any] | None:
-        if status == 204:
+        if status in (101, 204):
             return None
         if endpoint.action == "stream":
             return {"text/event-stream": {"schema": {"type": "string"}}}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -75,6 +76,11 @@ def digest_of(kind: Kind, target: str, args: Mapping[str, Any]) -> str:
     """What a request says, so that a key can be held to it."""
     text = json.dumps([kind.value, target, args], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def row_of(project: Project, user: User | None, key: str | None) -> uuid.UUID:
+    """The identifier of what a request makes beside operations: the same one for a key that comes again."""
+    return uuid.uuid5(project.pk, json.dumps([user.pk if user is not None else None, key])) if key else uuid.uuid4()
 
 
 def seen(project: Project, user: User | None, key: str | None, digest: str) -> Operation | None:

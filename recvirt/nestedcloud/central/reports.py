@@ -11,6 +11,7 @@ from datetime import timedelta
 
 from django.conf import settings
 from django.db import transaction
+from django.db.models import Q
 from django.utils import timezone
 
 from recvirt.nestedcloud.central import storage_reports
@@ -26,10 +27,16 @@ from recvirt.nestedcloud.model import DomainFacts, Heartbeat, Kind, ModelError, 
 
 log = logging.getLogger(__name__)
 
+#: After so many attempts without an answer an operation has failed.
+ATTEMPTS_MAX = 10
 _STATE_OF_POWER = {
     Power.RUNNING: InstanceState.ON, Power.STOPPED: InstanceState.OFF, Power.SUSPENDED: InstanceState.SUSPENDED,
     Power.CRASHED: InstanceState.FAILED, Power.ABSENT: InstanceState.FAILED,
 }  # fmt: skip
+#: What these leave an instance's power as, they meant to.
+_MEANS_POWER = (
+    Kind.LAUNCH, Kind.CLONE, Kind.START, Kind.STOP, Kind.REBOOT, Kind.SUSPEND, Kind.RESUME, Kind.REVERT, Kind.DELETE,
+)  # fmt: skip
 
 
 def apply(report: Report) -> bool:
@@ -41,7 +48,7 @@ def apply(report: Report) -> bool:
             return False
         # An attempt that was given up may yet succeed, and then it has; but only the last one may fail.
         stale = report.attempt < operation.attempt and report.phase is not Phase.SUCCEEDED
-        if operation.is_final or stale:
+        if stale or (operation.is_final and not _was_given_up(operation, report)):
             return False
         now = timezone.now()
         operation.phase = report.phase.value
@@ -65,6 +72,23 @@ def apply(report: Report) -> bool:
         return True
 
 
+def _was_given_up(operation: Operation, report: Report) -> bool:
+    """Whether an operation that nobody answered for has been done all the same, and nothing was asked for since."""
+    if report.phase is not Phase.SUCCEEDED or operation.phase != Phase.FAILED or operation.attempt <= ATTEMPTS_MAX:
+        return False
+    things = ((name, getattr(operation, f"{name}_id")) for name in ("instance", "volume", "image"))
+    same = [Q(**{f"{name}_id": key}) for name, key in things if key is not None]
+    later = Operation.objects.filter(created__gt=operation.created)
+    return not any(later.filter(condition).exists() for condition in same)
+
+
+def settle_promises(instance: Instance) -> None:
+    """What an instance is promised is what it is, when nothing is being done to it."""
+    instance.promised_vcpus = instance.vcpus_max
+    instance.promised_memory_bytes = instance.memory_max_bytes
+    instance.promised_disk_bytes = instance.disk_bytes
+
+
 def _finish(operation: Operation, report: Report) -> None:
     if operation.instance_id is None:
         return
@@ -77,14 +101,12 @@ def _finish(operation: Operation, report: Report) -> None:
             instance.snapshots = report.facts["snapshots"]
     elif kind in (Kind.LAUNCH, Kind.CLONE):
         instance.state = InstanceState.FAILED
-    instance.promised_vcpus = instance.vcpus_max
-    instance.promised_memory_bytes = instance.memory_max_bytes
-    instance.promised_disk_bytes = instance.disk_bytes
+    settle_promises(instance)
     if report.phase is Phase.SUCCEEDED:
         if kind is Kind.DELETE:
             instance.state, instance.power = InstanceState.DELETED, Power.ABSENT.value
         else:
-            _see(instance, _domain_of(report))
+            _see_after(instance, kind, _domain_of(report))
     instance.power_seen = timezone.now()
     instance.save()
 
@@ -96,6 +118,13 @@ def _domain_of(report: Report) -> DomainFacts | None:
     except ModelError as error:
         log.warning("report on %s: %s", report.operation, error)
         return None
+
+
+def _see_after(instance: Instance, kind: Kind, domain: DomainFacts | None) -> None:
+    running = domain is not None and domain.power is Power.RUNNING
+    if kind not in _MEANS_POWER and instance.state == InstanceState.ON and not running:
+        return  # it went off by itself, or with its host: a heartbeat tells which, and what follows from it
+    _see(instance, domain)
 
 
 def _see(instance: Instance, domain: DomainFacts | None) -> None:
@@ -122,39 +151,46 @@ def heard(beat: Heartbeat) -> list[str]:
         worker.features, worker.protocol = dict(beat.features), beat.protocol
     domains = {domain.uuid: domain for domain in beat.domains}
     known = set()
+    passed_over = False
     for key in Instance.objects.filter(worker_id=beat.worker).values_list("uuid", flat=True):
         known.add(str(key))
-        _compare(key, domains.get(str(key)), restarted)
-    # Only now: a crash before this line makes the next heartbeat find the restart once more.
-    worker.boot_id = beat.boot_id
-    worker.save()
+        passed_over |= not _compare(key, domains.get(str(key)), restarted)
+    # Only now, and only when all were looked at: before that, the next heartbeat finds the restart once more.
+    if not (restarted and passed_over):
+        worker.boot_id = beat.boot_id
+    # Not the whole row: an administrator may have changed it meanwhile.
+    worker.save(update_fields=[
+        "last_seen", "vcpus", "memory_bytes", "disk_bytes", "features", "protocol", "boot_id",
+    ])  # fmt: skip
     return sorted(set(domains) - known)
 
 
-def _compare(key: uuid.UUID, domain: DomainFacts | None, restarted: bool) -> None:
+def _compare(key: uuid.UUID, domain: DomainFacts | None, restarted: bool) -> bool:
+    """Take over what a heartbeat says of an instance; False when that has to wait."""
     with transaction.atomic():
         instance = Instance.objects.select_for_update().get(pk=key)
         if instance.operations.filter(phase__in=ACTIVE_PHASES).exists():
-            return  # its report will tell
+            return False  # its report will tell
         settled = timezone.now() - timedelta(seconds=2 * settings.CONFIG.heartbeat_seconds)
         if instance.power_seen is not None and instance.power_seen > settled:
-            return  # the heartbeat may be older than the operation that has just ended
+            return False  # the heartbeat may be older than the operation that has just ended
         power = domain.power if domain is not None else Power.ABSENT
         if instance.state in (InstanceState.DELETED, InstanceState.NEW, InstanceState.FAILED):
             if power.value != instance.power:
                 instance.power = power.value
                 instance.save(update_fields=["power"])
-            return
+            return True
         was_on = instance.state == InstanceState.ON
         if restarted and was_on and power is not Power.RUNNING:
             _start_again(instance)
-        elif power.value != instance.power:
+        elif power.value != instance.power or _STATE_OF_POWER.get(power, instance.state) != instance.state:
             _see(instance, domain)
             Event.objects.create(
                 project=instance.project, kind="instance.power", subject=instance.uuid,
                 data={"name": instance.name, "power": power.value, "state": instance.state},
             )  # fmt: skip
         instance.save()
+        return True
 
 
 def _start_again(instance: Instance) -> None:

@@ -18,7 +18,7 @@ from recvirt.nestedcloud.central import admission, audit
 from recvirt.nestedcloud.central.admission import Need, Span
 from recvirt.nestedcloud.central.intervals import FOREVER, Claim, next_free
 from recvirt.nestedcloud.central.models import Instance, Project, Reservation, Schedule, Worker
-from recvirt.nestedcloud.central.problems import NoCapacity, QuotaExceeded, Refused
+from recvirt.nestedcloud.central.problems import KeyReused, NoCapacity, QuotaExceeded, Refused
 from recvirt.nestedcloud.model import Kind
 
 #: Nothing is promised further ahead.
@@ -31,11 +31,12 @@ GRACE_MAX_SECONDS = 7 * 86400
 
 def reserve(
     project: Project, user: User | None, begins: datetime, ends: datetime | None, need: Need,
-    schedule: Schedule | None = None, worker: Worker | None = None,
+    schedule: Schedule | None = None, worker: Worker | None = None, row_uuid: uuid.UUID | None = None,
 ) -> Reservation:  # fmt: skip
     """Keep room for ``need``. QuotaExceeded and NoCapacity have ``next_free``: the next beginning that would do.
 
-    ``worker`` is the only one that will do (where an instance is already).
+    ``worker`` is the only one that will do (where an instance is already). ``row_uuid`` is the row's, which is there
+    already when the same request came before.
     """
     now = timezone.now()
     if begins > now + AHEAD_MAX:
@@ -45,6 +46,12 @@ def reserve(
     span = Span(max(begins, now), ends or FOREVER)
     with transaction.atomic():
         Project.objects.select_for_update().get(pk=project.pk)
+        if (before := project.reservations.filter(pk=row_uuid).first()) is not None:
+            if (before.begins, before.ends, before.vcpus, before.memory_bytes, before.disk_bytes) != (
+                begins, ends, need.vcpus, need.memory_bytes, need.disk_bytes,
+            ):  # fmt: skip
+                raise KeyReused("this idempotency key stands for another request")
+            return before
         if current(project.reservations.all(), now).count() >= COUNT_MAX:
             raise Refused(f"the project holds {COUNT_MAX} reservations already")
         try:
@@ -63,7 +70,7 @@ def reserve(
                 f"{refusal.detail}; {told}", **refusal.extra | {"next_free": slot.isoformat() if slot else None}
             ) from None
         row = Reservation.objects.create(
-            project=project, user=user, worker=worker, schedule=schedule, begins=begins, ends=ends,
+            uuid=row_uuid or uuid.uuid4(), project=project, user=user, worker=worker, schedule=schedule, begins=begins, ends=ends,
             instances=need.instances, vcpus=need.vcpus, memory_bytes=need.memory_bytes, disk_bytes=need.disk_bytes,
         )  # fmt: skip
         audit.note(user, "reservation.made", row.uuid, project, begins=begins.isoformat(), vcpus=need.vcpus,

@@ -16,6 +16,7 @@ instance, worker.
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from itertools import islice, takewhile
@@ -32,7 +33,7 @@ from recvirt.nestedcloud.central import audit, auth, operations, reservations, s
 from recvirt.nestedcloud.central.admission import Need
 from recvirt.nestedcloud.central.intervals import FOREVER
 from recvirt.nestedcloud.central.models import Firing, Instance, InstanceState, Operation, Outcome, Project, Schedule
-from recvirt.nestedcloud.central.problems import NoCapacity, OperationActive, QuotaExceeded, Refused
+from recvirt.nestedcloud.central.problems import KeyReused, NoCapacity, OperationActive, QuotaExceeded, Refused
 from recvirt.nestedcloud.central.recurrence import Edge, Plan, RecurrenceError
 from recvirt.nestedcloud.model import Kind, ModelError
 
@@ -76,8 +77,20 @@ def plan_of(schedule: Schedule) -> Plan:
     return Plan(schedule.begins, schedule.rule, schedule.zone, window)
 
 
-def create(project: Project, user: User | None, wish: Mapping[str, Any]) -> Schedule:
+def create(project: Project, user: User | None, wish: Mapping[str, Any], key: str | None = None) -> Schedule:
     """A new schedule with ``wish``'s validated fields. Room that it will need is reserved, or it is refused."""
+    row_uuid = operations.row_of(project, user, key)
+    with transaction.atomic():
+        Project.objects.select_for_update().get(pk=project.pk)
+        # Before anything is looked at: what was in time when it was asked first may be late now.
+        if (before := project.schedules.filter(pk=row_uuid).first()) is not None:
+            if (before.name, before.kind, before.begins) != (wish["name"], wish["kind"].value, wish["begins"]):
+                raise KeyReused("this idempotency key stands for another request")
+            return before
+        return _create(project, user, wish, row_uuid)
+
+
+def _create(project: Project, user: User | None, wish: Mapping[str, Any], row_uuid: uuid.UUID) -> Schedule:
     kind: Kind = wish["kind"]
     instance: Instance | None = wish.get("instance")
     window: timedelta | None = wish["ends"] - wish["begins"] if wish.get("ends") is not None else None
@@ -95,23 +108,22 @@ def create(project: Project, user: User | None, wish: Mapping[str, Any]) -> Sche
         first = _first(plan, timezone.now())
     except RecurrenceError as error:
         raise ValidationError({"rule": [str(error)]}) from None
-    with transaction.atomic():
-        Project.objects.select_for_update().get(pk=project.pk)
-        if project.schedules.count() >= COUNT_MAX:
-            raise Refused(f"the project has {COUNT_MAX} schedules already")
-        if project.schedules.filter(name=wish["name"]).exists():
-            raise Refused(f"there is a schedule called {wish['name']}")
-        schedule = Schedule.objects.create(
-            project=project, user=user, instance=instance, name=wish["name"], kind=kind.value, args=wish["args"],
-            begins=wish["begins"], rule=wish["rule"], zone=wish["zone"], grace_seconds=wish["grace_seconds"],
-            window_seconds=int(window.total_seconds()) if window is not None else None,
-            next_at=first.at, next_is_end=not first.begins,
-        )  # fmt: skip
-        for moment in _to_reserve(schedule, plan, first.at):
-            _reserve(schedule, moment, body)
-        audit.note(user, "schedule.made", schedule.uuid, project, name=schedule.name, kind=schedule.kind,
-                   next_at=first.at.isoformat())  # fmt: skip
-        return schedule
+    if project.schedules.count() >= COUNT_MAX:
+        raise Refused(f"the project has {COUNT_MAX} schedules already")
+    if project.schedules.filter(name=wish["name"]).exists():
+        raise Refused(f"there is a schedule called {wish['name']}")
+    schedule = Schedule.objects.create(
+        uuid=row_uuid, project=project, user=user, instance=instance, name=wish["name"], kind=kind.value,
+        args=wish["args"], begins=wish["begins"], rule=wish["rule"], zone=wish["zone"],
+        grace_seconds=wish["grace_seconds"],
+        window_seconds=int(window.total_seconds()) if window is not None else None,
+        next_at=first.at, next_is_end=not first.begins,
+    )  # fmt: skip
+    for moment in _to_reserve(schedule, plan, first.at):
+        _reserve(schedule, moment, body)
+    audit.note(user, "schedule.made", schedule.uuid, project, name=schedule.name, kind=schedule.kind,
+               next_at=first.at.isoformat())  # fmt: skip
+    return schedule
 
 
 def checked_body(project: Project, kind: Kind, args: Mapping[str, Any]) -> dict[str, Any]:

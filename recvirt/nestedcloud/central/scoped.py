@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from django.http import Http404
@@ -16,6 +16,8 @@ from rest_framework.serializers import Serializer
 from recvirt.nestedcloud.central import serializers
 from recvirt.nestedcloud.central.auth import ProjectPermission, role_in
 from recvirt.nestedcloud.central.models import Operation, Project, Role
+from recvirt.nestedcloud.central.operations import digest_of
+from recvirt.nestedcloud.model import Kind
 
 KEY_HEADER = "Idempotency-Key"
 _KEY_MAX = 64
@@ -55,6 +57,29 @@ class ProjectScoped(viewsets.GenericViewSet[Any]):
         if key is not None and not 1 <= len(key) <= _KEY_MAX:
             raise ValidationError({KEY_HEADER: [f"1 to {_KEY_MAX} characters"]})
         return key
+
+    def ask(
+        self, request: Request, kind: Kind, args: Mapping[str, Any], find: Callable[[], Any],
+        ask: Callable[..., Operation],
+    ) -> Response:  # fmt: skip
+        """202 with the operation that ``ask`` makes of what ``find`` finds. Asked again in the same words after its end,
+        the thing may be gone: the answer is the same.
+        """
+        key = self.key(request)
+        try:
+            target = find()
+        except Http404:
+            if key is None or (before := self._before(kind, args, key)) is None:
+                raise
+            return self.accepted(before)
+        return self.accepted(ask(target, key))
+
+    def _before(self, kind: Kind, args: Mapping[str, Any], key: str) -> Operation | None:
+        found = self.project.operations.filter(idempotency_key=key, kind=kind.value, user=self.user).first()
+        target = found and (found.volume or found.image or found.instance)
+        if found is None or target is None or target.name != self.kwargs.get("name"):
+            return None
+        return found if found.request_digest == digest_of(kind, str(target.pk), args) else None
 
     @staticmethod
     def accepted(operation: Operation) -> Response:

@@ -49,6 +49,8 @@ class VolumeSerializer(serializers.ModelSerializer[Volume]):
 
     class Meta:
         model = Volume
+        # Only read; a validator of a constraint hides the declared field of that name (Django REST framework 3.16).
+        validators: tuple[Any, ...] = ()
         fields = [
             "uuid", "name", "state", "operation", "size_bytes", "format", "filesystem", "instance", "slot", "worker",
             "snapshots", "created",

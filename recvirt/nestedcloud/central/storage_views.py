@@ -52,7 +52,9 @@ class Volumes(mixins.ListModelMixin, mixins.RetrieveModelMixin, ProjectScoped):
 
     def _ask(self, request: Request, kind: Kind, body: type[Any]) -> Response:
         args = self.checked(body, request)
-        return self.accepted(volumes.request(self.get_object(), self.user, kind, args, self.key(request)))
+        return self.ask(
+            request, kind, args, self.get_object, lambda it, key: volumes.request(it, self.user, kind, args, key)
+        )
 
     @action(detail=True, methods=["post"])
     def attach(self, request: Request, **kwargs: Any) -> Response:
@@ -142,7 +144,9 @@ class Images(mixins.ListModelMixin, mixins.RetrieveModelMixin, ProjectScoped):
     def destroy(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         """Delete."""
         self.checked(serializers.NothingSerializer, request)
-        return self.accepted(images.remove(self._own(), self.project, self.user, self.key(request)))
+        return self.ask(
+            request, Kind.IMAGE_REMOVE, {}, self._own, lambda it, key: images.remove(it, self.project, self.user, key)
+        )
 
     @action(detail=True, methods=["put"], parser_classes=[PieceParser])
     def content(self, request: Request, **kwargs: Any) -> Response:

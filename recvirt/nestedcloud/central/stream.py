@@ -44,7 +44,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
-async def _query(function: Callable[..., T], *args: Any) -> T:
+async def query(function: Callable[..., T], *args: Any) -> T:
     """In a thread of the common pool, which keeps no connection afterwards."""
 
     def run() -> T:
@@ -98,7 +98,7 @@ class _Feed:
     async def join(self) -> None:
         self.clients += 1
         if self.watcher is None:
-            last = await _query(_last_id)
+            last = await query(_last_id)
             if self.watcher is None:
                 self.watcher = Watcher(last)
         if self._task is None or self._task.done():
@@ -123,7 +123,7 @@ class _Feed:
             if watcher is None:
                 return
             try:
-                moved = watcher.look(await _query(_ids_after, watcher.settled), time.monotonic())
+                moved = watcher.look(await query(_ids_after, watcher.settled), time.monotonic())
             except Exception:
                 # The database is away: the clients wait, and so does this.
                 moved = False
@@ -171,7 +171,7 @@ async def _check(scope: Scope, name: str) -> tuple[Project, int | None]:
         raise _RefusedError(401, "not_authenticated", "Authentication credentials were not provided.")
     address = scope["client"][0] if scope.get("client") else ""
     try:
-        project = await _query(_admit, header, address, name)
+        project = await query(_admit, header, address, name)
     except APIException as error:
         raise _RefusedError(error.status_code, str(error.get_codes()), str(error.detail)) from None
     if project is None:
@@ -235,7 +235,7 @@ async def _follow(feed: _Feed, project: Project, last: int | None, send: Send) -
     while time.monotonic() < deadline:
         if after < watcher.settled:
             until = watcher.settled
-            events = await _query(_events, project, after, until)
+            events = await query(_events, project, after, until)
             for event in events:
                 await say(f"id: {event['id']}\nevent: {event['kind']}\ndata: {json.dumps(event, default=str)}\n\n")
             after = until if len(events) < _BATCH else events[-1]["id"]

@@ -16,7 +16,7 @@ from rest_framework.exceptions import ValidationError
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from recvirt.nestedcloud.central import reservations, schedules
+from recvirt.nestedcloud.central import operations, reservations, schedules
 from recvirt.nestedcloud.central.admission import Need
 from recvirt.nestedcloud.central.models import Firing, InstanceState, Reservation, Schedule, name_validator
 from recvirt.nestedcloud.central.scoped import ProjectScoped
@@ -113,6 +113,8 @@ class ReservationSerializer(serializers.ModelSerializer[Reservation]):
 
     class Meta:
         model = Reservation
+        # Only read; a validator of a constraint hides the declared field of that name (Django REST framework 3.16).
+        validators: tuple[Any, ...] = ()
         fields = ["uuid", "begins", "ends", "vcpus", "memory_bytes", "disk_bytes", "worker", "schedule", "created"]
 
 
@@ -143,7 +145,8 @@ class Schedules(mixins.ListModelMixin, mixins.RetrieveModelMixin, ProjectScoped)
     def create(self, request: Request, **kwargs: Any) -> Response:
         """Make a schedule."""
         user: Any = request.user
-        schedule = schedules.create(self.project, user, self.checked(NewScheduleSerializer, request))
+        wish = self.checked(NewScheduleSerializer, request)
+        schedule = schedules.create(self.project, user, wish, self.key(request))
         return Response(ScheduleSerializer(schedule).data, status=status.HTTP_201_CREATED)
 
     def destroy(self, request: Request, **kwargs: Any) -> Response:
@@ -192,7 +195,8 @@ class Reservations(mixins.ListModelMixin, ProjectScoped):
         wish = self.checked(NewReservationSerializer, request)
         need = Need(1, wish["vcpus"], wish["memory_bytes"], wish["disk_bytes"])
         user: Any = request.user
-        row = reservations.reserve(self.project, user, wish["begins"], wish["ends"], need)
+        key = operations.row_of(self.project, user, self.key(request))
+        row = reservations.reserve(self.project, user, wish["begins"], wish["ends"], need, row_uuid=key)
         return Response(ReservationSerializer(row).data, status=status.HTTP_201_CREATED)
 
     def destroy(self, request: Request, **kwargs: Any) -> Response:

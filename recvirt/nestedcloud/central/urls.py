@@ -5,7 +5,17 @@ from __future__ import annotations
 from django.urls import include, path
 from rest_framework.routers import DefaultRouter
 
-from recvirt.nestedcloud.central import health, openapi, people, storage_views, stream, times, views
+from recvirt.nestedcloud.central import (
+    console_views,
+    health,
+    openapi,
+    people,
+    relay,
+    storage_views,
+    stream,
+    times,
+    views,
+)
 from recvirt.nestedcloud.model import NAME
 
 router = DefaultRouter(trailing_slash=False)
@@ -25,7 +35,12 @@ router.register(f"{_below}/members", people.Members, basename="member")
 router.register(f"{_below}/schedules", times.Schedules, basename="schedule")
 router.register(f"{_below}/reservations", times.Reservations, basename="reservation")
 
+_instance = "api/v1/projects/<slug:project>/instances/<slug:name>"
+
 urlpatterns = [
+    path(f"{_instance}/console", console_views.Consoles.as_view({"post": "console"})),
+    path(f"{_instance}/log", console_views.Consoles.as_view({"post": "log"})),
+    path("api/v1/console/<uuid:session>", relay.console_socket),
     path("api/v1/projects/<slug:project>/events/stream", stream.stream),
     path("api/v1/whoami", people.Who.as_view({"get": "whoami"})),
     path("api/v1/status", health.Status.as_view()),

@@ -109,7 +109,9 @@ class Instances(mixins.ListModelMixin, mixins.RetrieveModelMixin, ProjectScoped)
 
     def _ask(self, request: Request, kind: Kind, body: type[Serializer[Any]]) -> Response:
         args = operations.args_of(kind, self.checked(body, request))
-        return self.accepted(operations.request(self.get_object(), self.user, kind, args, self.key(request)))
+        return self.ask(
+            request, kind, args, self.get_object, lambda it, key: operations.request(it, self.user, kind, args, key)
+        )
 
     @action(detail=True, methods=["post"])
     def start(self, request: Request, **kwargs: Any) -> Response:

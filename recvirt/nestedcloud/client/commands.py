@@ -138,12 +138,12 @@ def _sizes(sizes: Mapping[str, int | None]) -> dict[str, int]:
 
 @click.command()
 @click.argument("name")
-@click.option("--vcpus", type=int)
-@click.option("--vcpus-max", type=int)
-@click.option("--memory", type=SIZE)
-@click.option("--memory-max", type=SIZE)
-@click.option("--disk", type=SIZE)
-@click.option("--priority", type=int)
+@click.option("--vcpus", type=int, help="Virtual processors.")
+@click.option("--vcpus-max", type=int, help="As many as it may grow to while it runs.")
+@click.option("--memory", type=SIZE, help="As 512M or 2G.")
+@click.option("--memory-max", type=SIZE, help="As much as it may grow to while it runs.")
+@click.option("--disk", type=SIZE, help="Of the root disk; it only grows.")
+@click.option("--priority", type=int, help="Of its processors, 1 to 100.")
 @click.option("--restart", is_flag=True, help="Allow what can't be done while it runs.")
 @wait_option
 @timeout_option
@@ -259,15 +259,17 @@ def operation(uuid: str, wait: bool, timeout: float, as_json: bool) -> None:
         fields(found, as_json=as_json)
 
 
-def plain_verb(group: click.Group, name: str, text: str, path: str, method: str, said: str) -> None:
+def plain_verb(
+    group: click.Group, name: str, text: str, path: str, method: str, said: str, *, example: str = ""
+) -> None:
     """A verb without an answer on a named thing; ``path`` has a place for its name."""
 
     def run(name: str) -> None:
         api().call(method, api().below(path.format(name)))
         click.echo(f"{name} {said}")
 
-    example = f"\n\n\b\nExample:\n  recvirt-cloud {group.name} {name} office"
-    group.command(name, help=text + example)(click.argument("name")(run))
+    line = example or f"{group.name} {name} office"
+    group.command(name, help=f"{text}\n\n\b\nExample:\n  recvirt-cloud {line}")(click.argument("name")(run))
 
 
 COMMANDS = (

@@ -13,18 +13,24 @@ from recvirt.nestedcloud.client.output import cell, fields, human_bytes, table
 
 @click.group()
 def project() -> None:
-    """Projects, their quotas and their members."""
+    """Projects, their quotas and their members.
+
+    \b
+    Example:
+      recvirt-cloud project list
+    """
 
 
 _quotas = (
-    click.option("--instances", "instances_max", type=int),
-    click.option("--vcpus", "vcpus_max", type=int),
-    click.option("--memory", "memory_bytes_max", type=SIZE, help="As 64G."),
-    click.option("--disk", "disk_bytes_max", type=SIZE, help="As 1T."),
+    click.option("--instances", "instances_max", type=int, help="As many at once."),
+    click.option("--vcpus", "vcpus_max", type=int, help="Of all instances together, counted as far as they may grow."),
+    click.option("--memory", "memory_bytes_max", type=SIZE, help="The same, as 64G."),
+    click.option("--disk", "disk_bytes_max", type=SIZE, help="Of root disks, volumes and images, as 1T."),
 )
 _role = click.option(
-    "--role", type=click.Choice(["reader", "operator", "admin"]), default="operator", show_default=True
-)
+    "--role", type=click.Choice(["reader", "operator", "admin"]), default="operator", show_default=True,
+    help="A reader sees, an operator changes, an admin also says who is in.",
+)  # fmt: skip
 
 
 def _with_quotas(function: Any) -> Any:
@@ -85,7 +91,12 @@ def project_set(name: str, **quotas: int | None) -> None:
 
 @project.group("member")
 def member() -> None:
-    """Who is in the project."""
+    """Who is in the project.
+
+    \b
+    Example:
+      recvirt-cloud --project shop project member list
+    """
 
 
 @member.command("list")
@@ -128,12 +139,18 @@ def member_set(user: str, role: str) -> None:
     click.echo(f"{user} is {role} in {api().access.project}")
 
 
-plain_verb(member, "remove", "Let a member go (its admins).", "members/{}", "DELETE", "is no member any more")
+plain_verb(member, "remove", "Let a member go (its admins).", "members/{}", "DELETE", "is no member any more",
+           example="project member remove bob")  # fmt: skip
 
 
 @click.group()
 def user() -> None:
-    """The users of the cloud (administrators)."""
+    """The users of the cloud (administrators).
+
+    \b
+    Example:
+      recvirt-cloud user list
+    """
 
 
 @user.command("list")
@@ -178,7 +195,12 @@ _lock("unlock", True, "Let a user in again.")
 
 @click.group()
 def token() -> None:
-    """Keys to the API."""
+    """Keys to the API.
+
+    \b
+    Example:
+      recvirt-cloud token list
+    """
 
 
 @token.command("list")

@@ -13,6 +13,7 @@ import click
 from recvirt.nestedcloud.client.api import Access, Api, ApiError, access_path, save_access
 from recvirt.nestedcloud.client.commands import api, json_option
 from recvirt.nestedcloud.client.output import fields, human_bytes
+from recvirt.nestedcloud.model import is_safe_url
 
 _FOLLOW_PAUSE_SECONDS = 2.0
 
@@ -29,7 +30,7 @@ def login(url: str, project: str, ca: str | None) -> None:
       recvirt-cloud login https://cloud.example.org
       recvirt-cloud login https://cloud.example.org --project shop < token-file
     """
-    if not url.startswith(("https://", "http://127.0.0.1", "http://localhost", "http://[::1]")):
+    if not is_safe_url(url):
         raise click.ClickException("want https://...: a token is not sent where others can read it")
     token = str(click.prompt("Token", hide_input=True) if sys.stdin.isatty() else sys.stdin.readline()).strip()
     if not token.isascii() or not token.isprintable() or " " in token or not token:

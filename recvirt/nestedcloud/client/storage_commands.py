@@ -26,7 +26,12 @@ def _post(path: str, body: dict[str, Any], wait: bool, timeout: float, as_json: 
 
 @click.group()
 def volume() -> None:
-    """Disks of their own, that outlive instances."""
+    """Disks of their own, that outlive instances.
+
+    \b
+    Example:
+      recvirt-cloud volume list
+    """
 
 
 @volume.command()
@@ -158,7 +163,12 @@ def remove(name: str, wait: bool, timeout: float, as_json: bool) -> None:
 
 @click.group()
 def image() -> None:
-    """What instances start as a copy of."""
+    """What instances start as a copy of.
+
+    \b
+    Example:
+      recvirt-cloud image list
+    """
 
 
 def _image_body(name: str, disk_format: str | None, sha256: str, max_size: int | None) -> dict[str, Any]:

@@ -46,7 +46,12 @@ def _check_zone(_ctx: click.Context, _param: click.Parameter, value: str) -> str
 
 @click.group()
 def schedule() -> None:
-    """Operations at future times, in windows, and again and again."""
+    """Operations at future times, in windows, and again and again.
+
+    \b
+    Example:
+      recvirt-cloud schedule list
+    """
 
 
 _SCHEDULES = (
@@ -139,7 +144,12 @@ plain_verb(schedule, "remove", "Forget a schedule, and the room kept for it.", "
 
 @click.group()
 def reservation() -> None:
-    """Room for an instance, kept for a time."""
+    """Room for an instance, kept for a time.
+
+    \b
+    Example:
+      recvirt-cloud reservation list
+    """
 
 
 @reservation.command("list")
@@ -179,7 +189,8 @@ def reservation_add(as_json: bool, **body: Any) -> None:
         click.echo(made["uuid"])
 
 
-plain_verb(reservation, "remove", "Give the room back.", "reservations/{}", "DELETE", "is given back")
+plain_verb(reservation, "remove", "Give the room back.", "reservations/{}", "DELETE", "is given back",
+           example="reservation remove 7d3f...")  # fmt: skip
 
 
 TIME_COMMANDS = (schedule, reservation)

@@ -157,8 +157,12 @@ def rescale(site: Site, command: Command) -> Facts:
     spec = _instance(command)
     domain = site.hypervisor.get(spec.uuid)
     _check_fresh(site, domain, spec)
+    # Stands in the domain's metadata while it is off only for this: whoever goes on after a kill has to start it.
+    restarting = f"{command.operation} restart"
     if site.hypervisor.power(domain) in (Power.STOPPED, Power.CRASHED):
         site.storage.grow(spec.root)
+        if site.hypervisor.last_operation(domain) == restarting:
+            return _start_rescaled(site, spec, command.operation, restarting)
         site.hypervisor.define(spec, command.operation)
         return _facts(site, domain, how="while it was off")
     reasons = needs_restart(site, domain, spec)
@@ -166,12 +170,10 @@ def rescale(site: Site, command: Command) -> Facts:
         if not command.args.get("restart"):
             raise ActionError(Fault.RESTART_NEEDED, f"only by a restart: {'; '.join(reasons)}")
         seconds = float(command.args.get("graceful_seconds", GRACEFUL_SECONDS))
+        site.hypervisor.note(domain, spec, restarting)
         site.hypervisor.stop(domain, seconds, lambda text: site.progress(20, text))
         site.storage.grow(spec.root)
-        domain = site.hypervisor.define(spec, command.operation)
-        site.progress(80, "powering on")
-        site.hypervisor.start(domain)
-        return _facts(site, domain, how="by a restart")
+        return _start_rescaled(site, spec, command.operation, restarting)
     facts = site.hypervisor.facts(domain)
     if spec.vcpus != facts.vcpus:
         site.hypervisor.set_vcpus(domain, spec.vcpus)
@@ -183,6 +185,14 @@ def rescale(site: Site, command: Command) -> Facts:
     site.hypervisor.define(spec, command.operation)
     site.hypervisor.note(domain, spec, command.operation)
     return _facts(site, domain, how="as it runs")
+
+
+def _start_rescaled(site: Site, spec: InstanceSpec, operation: str, restarting: str) -> Facts:
+    domain = site.hypervisor.define(spec, restarting)
+    site.progress(80, "powering on")
+    site.hypervisor.start(domain)
+    site.hypervisor.note(domain, spec, operation)
+    return _facts(site, domain, how="by a restart")
 
 
 def _snapshot_name(command: Command) -> str:

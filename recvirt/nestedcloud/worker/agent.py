@@ -1,32 +1,36 @@
 """Carries out one command after another, each instance by one hand at a time, and tells what became of it.
 
 Owns the guard against the same message twice, and the translation of every failure into a report. Does not own how
-commands come and reports go (``tasks``).
+commands come and reports go (``service``).
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recvirt.nestedcloud.model import Command, Fault, Heartbeat, ModelError, Phase, Report, check_uuid
+from recvirt.nestedcloud.model import Command, Fault, Heartbeat, Kind, ModelError, Phase, Report, check_uuid
 from recvirt.nestedcloud.worker.actions import ACTIONS
-from recvirt.nestedcloud.worker.errors import ActionError
-from recvirt.nestedcloud.worker.hypervisor import Hypervisor
-from recvirt.nestedcloud.worker.site import Site
-from recvirt.nestedcloud.worker.storage import Storage, storage_error
+from recvirt.nestedcloud.worker.errors import ActionError, UnreachableError
+from recvirt.nestedcloud.worker.graves import Graves
+from recvirt.nestedcloud.worker.hypervisor import Hypervisor, in_our_words
+from recvirt.nestedcloud.worker.locks import BusyError, alone
+from recvirt.nestedcloud.worker.site import Facts, Site
+from recvirt.nestedcloud.worker.storage import Storage, storage_error, sweep
+
+__all__ = ["Agent", "BusyError"]
 
 log = logging.getLogger(__name__)
 
-
-class BusyError(Exception):
-    """Another process works on the same thing. The message is given back, to come again."""
+#: Between two looks whether who is away is back.
+_PAUSE_SECONDS = 1.0
+#: An image has no generation: once it is deleted, nothing brings it back.
+_FOR_EVER = 2**62
 
 
 def _targets(command: Command) -> list[str]:
@@ -38,9 +42,21 @@ def _targets(command: Command) -> list[str]:
     return sorted(check_uuid(target) for target in found or {command.operation})
 
 
+def _generations(command: Command) -> dict[Kind, tuple[str, int]]:
+    """What can be deleted, by the kind that deletes it: which one, and as of which generation it is asked for."""
+    found = {}
+    if command.instance is not None:
+        found[Kind.DELETE] = command.instance.uuid, command.instance.generation
+    if command.volume is not None:
+        found[Kind.VOLUME_REMOVE] = command.volume.uuid, command.volume.generation
+    if command.image is not None:
+        found[Kind.IMAGE_REMOVE] = command.image.uuid, _FOR_EVER
+    return found
+
+
 @dataclass(frozen=True)
 class Agent:
-    """One worker."""
+    """One worker. ``patience_seconds`` is how long it waits for libvirtd, or for the broker to take a result."""
 
     uuid: str
     name: str
@@ -49,13 +65,14 @@ class Agent:
     run_dir: Path
     boot_id: str
     features: dict[str, Any]
+    patience_seconds: float = 0.0
 
     def execute(self, command: Command, send: Callable[[Report], None]) -> Report:
         """Do it and return the last report, which is sent as well. BusyError when somebody else is at it."""
 
         def report(phase: Phase, **more: Any) -> Report:
             made = Report(command.operation, command.attempt, self.uuid, phase, **more)
-            send(made)
+            self._send(made, send)
             return made
 
         def progress(percent: int, text: str) -> None:
@@ -65,18 +82,12 @@ class Agent:
             targets = _targets(command)
         except ModelError as error:
             return report(Phase.FAILED, fault=Fault.INVALID, message=str(error))
-        with self._alone(targets):
+        with alone(self.run_dir, targets):
             report(Phase.RUNNING)
-            site = Site(
-                self.hypervisor,
-                self.storage,
-                progress,
-            )
             try:
-                action = ACTIONS.get(command.kind)
-                if action is None:
-                    raise ActionError(Fault.NOT_SUPPORTED, f"this worker knows no {command.kind}")
-                facts = action(site, command)
+                for target in targets:
+                    sweep(self.storage.host, target)
+                facts = self._act(Site(self.hypervisor, self.storage, progress), command)
             except ActionError as error:
                 return report(Phase.FAILED, fault=error.fault, message=error.message, facts=error.facts)
             except ModelError as error:
@@ -90,18 +101,46 @@ class Agent:
                 return report(Phase.FAILED, fault=Fault.INTERNAL, message=f"{type(error).__name__}: {error}")
             return report(Phase.SUCCEEDED, progress=100, facts=facts)
 
-    @contextmanager
-    def _alone(self, targets: list[str]) -> Iterator[None]:
-        """Hold the locks of what the command works on. The kernel lets go of them when the process dies."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            for target in targets:
-                stream = stack.enter_context((self.run_dir / f"{target}.lock").open("w"))
-                try:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise BusyError(target) from None
-            yield
+    def _act(self, site: Site, command: Command) -> Facts:
+        """Carry it out, from its start again while libvirtd is away: actions do only what is missing."""
+        action = ACTIONS.get(command.kind)
+        if action is None:
+            raise ActionError(Fault.NOT_SUPPORTED, f"this worker knows no {command.kind}")
+        graves, things = Graves(self.storage.host.graves_dir), _generations(command)
+        for kind, (uuid, generation) in things.items():
+            if kind is not command.kind:
+                graves.check(uuid, generation)
+        deadline = time.monotonic() + self.patience_seconds
+        while True:
+            try:
+                with in_our_words():
+                    facts = action(site, command)
+                break
+            except UnreachableError as error:
+                if time.monotonic() >= deadline:
+                    raise
+                site.progress(0, f"waiting: {error.message}")
+                time.sleep(_PAUSE_SECONDS)
+        if command.kind in things:
+            graves.dig(*things[command.kind])
+        return facts
+
+    def _send(self, report: Report, send: Callable[[Report], None]) -> None:
+        """Progress is told if it can be; a result is tried for a while. Should it be lost, the lease runs out, and the
+        next attempt finds the work done.
+        """
+        deadline = time.monotonic() + self.patience_seconds
+        while True:
+            try:
+                return send(report)
+            except Exception as error:
+                # Each transport has errors of its own.
+                if not report.phase.is_final:
+                    log.warning("operation %s: progress is not told: %s", report.operation, type(error).__name__)
+                    return None
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(_PAUSE_SECONDS)
 
     def heartbeat(self) -> Heartbeat:
         """What there is on this host now."""

@@ -7,6 +7,7 @@ the guest, spare ports for what is attached later, and maxima above what an inst
 
 from __future__ import annotations
 
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 from recvirt.nestedcloud.model import PRIORITY_DEFAULT, DiskSpec, InstanceSpec, ModelError, NetworkSpec, NicSpec
@@ -156,16 +157,22 @@ def disk_element(disk: DiskSpec, host: Host) -> ET.Element:
     if host.domain_type != "test":
         words["iothread"] = "1"
     ET.SubElement(element, "driver", words)
-    _sub(element, "source", file=str(host.disk_path(disk.uuid, disk.format)))
+    _add_source(element, host.disk_path(disk.uuid, disk.format), host)
     _sub(element, "target", dev=disk_target(disk.slot), bus="virtio")
     _sub(element, "serial", disk_serial(disk.uuid))
     return element
 
 
+def _add_source(element: ET.Element, path: Path, host: Host) -> None:
+    source = _sub(element, "source", file=str(path))
+    if host.keeps_files:
+        _sub(source, "seclabel", model="dac", relabel="no")
+
+
 def _seed_element(spec: InstanceSpec, host: Host) -> ET.Element:
     element = ET.Element("disk", type="file", device="disk")
     _sub(element, "driver", name="qemu", type="raw")
-    _sub(element, "source", file=str(host.seed_path(spec.uuid)))
+    _add_source(element, host.seed_path(spec.uuid), host)
     _sub(element, "target", dev=disk_target(25), bus="virtio")
     _sub(element, "readonly")
     return element

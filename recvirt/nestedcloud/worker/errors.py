@@ -16,3 +16,7 @@ class ActionError(Exception):
         self.fault = fault
         self.message = message
         self.facts = dict(facts or {})
+
+
+class UnreachableError(ActionError):
+    """Who was asked is away: the same thing may work in a moment."""

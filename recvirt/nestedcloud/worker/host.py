@@ -26,6 +26,9 @@ class Host:
     stand-in driver. ``cgroup`` is 1 or 2. ``owner`` is the cloud's identifier, written into every domain. ``spool_dir``
     is where the API of the same host puts uploads, if it is on the same host. ``fetch_allow`` are networks that images
     may be fetched from although they are not of the public internet. ``bundled_dir`` has the images of packages.
+    ``keeps_files``: libvirt leaves the files' owner
+    as it is, because a worker that is not root could not use what libvirt has given to QEMU's user: images that other
+    instances start from, volumes that grow as their guests run.
     """
 
     owner: str
@@ -36,6 +39,7 @@ class Host:
     log_dir: Path = Path("/var/log/libvirt/qemu")
     spool_dir: Path | None = None
     fetch_allow: tuple[IPv4Network | IPv6Network, ...] = ()
+    keeps_files: bool = False
     bundled_dir: Path = bundled.FOLDER
 
     def image_path(self, image: str) -> Path:
@@ -58,6 +62,11 @@ class Host:
         """The copy that is a snapshot of a raw volume; the name becomes a UUID, and never part of a path."""
         key = uuid.uuid5(uuid.UUID(check_uuid(volume)), name)
         return self.blocks_dir / f"{check_uuid(volume)}-{key}.raw"
+
+    @property
+    def graves_dir(self) -> Path:
+        """What is remembered of things that were deleted."""
+        return self.blocks_dir / ".gone"
 
     def seed_path(self, instance: str) -> Path:
         """The instance's NoCloud data."""

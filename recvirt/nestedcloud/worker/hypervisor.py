@@ -7,7 +7,8 @@ files (``storage``).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -24,7 +25,7 @@ from recvirt.nestedcloud.worker.domain import (
     network_xml,
     own_metadata,
 )
-from recvirt.nestedcloud.worker.errors import ActionError
+from recvirt.nestedcloud.worker.errors import ActionError, UnreachableError
 from recvirt.nestedcloud.worker.host import Host
 
 _KIB = 1024
@@ -48,6 +49,8 @@ def fault_of(error: libvirt.libvirtError) -> ActionError:
     """libvirt's error in our words."""
     code = error.get_error_code()
     text = str(error.get_error_message() or error)
+    if is_broken(error):
+        return UnreachableError(Fault.HYPERVISOR, f"libvirt: {text}")
     if code in _ABSENT:
         return ActionError(Fault.NOT_FOUND, text)
     if code in (
@@ -66,6 +69,15 @@ def fault_of(error: libvirt.libvirtError) -> ActionError:
 def is_broken(error: libvirt.libvirtError) -> bool:
     """The connection to libvirtd is gone: another one may work."""
     return error.get_error_domain() in _BROKEN_DOMAINS or error.get_error_code() == libvirt.VIR_ERR_INVALID_CONN
+
+
+@contextmanager
+def in_our_words() -> Iterator[None]:
+    """libvirt's errors become ActionErrors."""
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        raise fault_of(error) from None
 
 
 class Hypervisor:
@@ -95,7 +107,8 @@ class Hypervisor:
                 self._connection.setKeepAlive(5, 3)
             except libvirt.libvirtError as error:
                 if self._connection is None:
-                    raise ActionError(Fault.HYPERVISOR, f"libvirt at {self.uri}: {error.get_error_message()}") from None
+                    text = f"libvirt at {self.uri}: {error.get_error_message()}"
+                    raise UnreachableError(Fault.HYPERVISOR, text) from None
         return self._connection
 
     def find(self, uuid: str) -> Any | None:
@@ -106,7 +119,9 @@ class Hypervisor:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 return None
             raise fault_of(error) from None
-        if self._own(domain) is None:
+        with in_our_words():
+            own = self._own(domain)
+        if own is None:
             raise ActionError(Fault.CONFLICT, f"the domain {uuid} belongs to somebody else")
         return domain
 
@@ -117,11 +132,18 @@ class Hypervisor:
             raise ActionError(Fault.NOT_FOUND, f"there is no domain {uuid} on this host")
         return domain
 
+    def is_active(self, uuid: str) -> bool:
+        """Whether there is such a domain, and it runs or is suspended."""
+        domain = self.find(uuid)
+        return domain is not None and bool(self._call(domain.isActive))
+
     def _own(self, domain: Any) -> ET.Element | None:
         try:
             text = domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, NAMESPACE)
-        except libvirt.libvirtError:
-            return None
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_METADATA:
+                return None
+            raise
         element = ET.fromstring(text)  # noqa: S314 - libvirt wrote it
         return element if element.get("owner") == self.host.owner else None
 

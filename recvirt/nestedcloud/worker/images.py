@@ -20,7 +20,7 @@ from recvirt.nestedcloud.worker.errors import ActionError
 from recvirt.nestedcloud.worker.fetch import copy, fetch
 from recvirt.nestedcloud.worker.host import Host
 from recvirt.nestedcloud.worker.qcow2 import read_header
-from recvirt.nestedcloud.worker.storage import Limits, check_room, run_tool, storage_error, whole_file
+from recvirt.nestedcloud.worker.storage import DISK_MODE, Limits, check_room, run_tool, storage_error, whole_file
 
 #: Room for qcow2's own tables in a file: one part in 64 and a little is several times what they take.
 _TABLES_PART, _TABLES_BYTES = 64, 64 * MIB
@@ -194,7 +194,7 @@ class SparseImages(_Common):
         """See :class:`Images`."""
         path = self.host.disk_path(instance.uuid, "qcow2")
         if not path.exists():
-            with whole_file(path) as part, part.open("wb") as stream:
+            with whole_file(path, DISK_MODE) as part, part.open("wb") as stream:
                 stream.truncate(self._source(source).stat().st_size)
 
 
@@ -250,7 +250,7 @@ class QemuImages(_Common):
         if instance.root.image is not None:
             # Only what differs from the image is copied.
             words += ["-B", str(self.host.image_path(instance.root.image)), "-F", "qcow2"]
-        with whole_file(path) as part:
+        with whole_file(path, DISK_MODE) as part:
             self._run([*words, str(original), str(part)])
 
 

@@ -16,15 +16,16 @@ from celery import Celery
 from celery.signals import worker_ready, worker_shutting_down
 
 from recvirt.nestedcloud import spool
-from recvirt.nestedcloud.model import Command, ModelError, check_name, check_uuid, decode
+from recvirt.nestedcloud.model import Command, ModelError, check_name, check_uuid, decode, is_safe_url
 from recvirt.nestedcloud.queue import EXECUTE, Sender, make_app, worker_queue
 from recvirt.nestedcloud.worker.agent import Agent, BusyError
-from recvirt.nestedcloud.worker.errors import ActionError
 from recvirt.nestedcloud.worker.host import Host
 from recvirt.nestedcloud.worker.hypervisor import Hypervisor
 from recvirt.nestedcloud.worker.storage import QemuStorage, SparseStorage
 
 log = logging.getLogger(__name__)
+#: How long libvirtd or the broker may be away before an operation fails for it.
+_PATIENCE_SECONDS = 60.0
 DEFAULT_PATH = Path("/etc/recvirt-cloud/worker.toml")
 
 
@@ -34,7 +35,11 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True)
 class Config:
-    """``pool`` and ``concurrency`` are Celery's; libvirt's test driver lives in one process, so it wants threads."""
+    """``pool`` and ``concurrency`` are Celery's; libvirt's test driver lives in one process, so it wants threads.
+
+    ``api`` is where the central node is reached for consoles, and ``api_ca`` the file that its certificate is checked
+    with (empty: the system's authorities). They are what an image with everything in it has.
+    """
 
     uuid: str
     name: str
@@ -49,7 +54,10 @@ class Config:
     concurrency: int = 4
     heartbeat_seconds: float = 5.0
     spool_dir: str = ""
+    log_dir: str = "/var/log/libvirt/qemu"
     fetch_allow: tuple[str, ...] = ()
+    api: str = "https://127.0.0.1"
+    api_ca: str = "/etc/recvirt-cloud/tls/cert.pem"
 
     @property
     def fetch_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
@@ -73,6 +81,8 @@ def load(path: Path) -> Config:
         raise ConfigError(f"{path}: {str(error).removeprefix('Config.__init__() ')}") from None
     if config.domain_type not in ("kvm", "qemu", "test"):
         raise ConfigError(f"{path}: domain_type {config.domain_type!r} is none of kvm, qemu, test")
+    if not is_safe_url(config.api):
+        raise ConfigError(f"{path}: api: want https://...: a ticket is not sent where others can read it")
     return config
 
 
@@ -86,22 +96,35 @@ def boot_id(config: Config) -> str:
 _PROCESS_ID = str(uuid.uuid4())
 
 
-def make_agent(config: Config, *, connection: Any = None) -> Agent:
-    """The agent that a configuration describes."""
+def make_host(config: Config) -> Host:
+    """The host that a configuration describes."""
     domain_type: Any = config.domain_type
     cgroup = 2 if Path("/sys/fs/cgroup/cgroup.controllers").exists() else 1
-    host = Host(
+    return Host(
         config.cloud, domain_type, Path(config.images_dir), Path(config.blocks_dir), cgroup,
         spool_dir=Path(config.spool_dir) if config.spool_dir else None, fetch_allow=config.fetch_networks,
+        keeps_files=os.geteuid() != 0, log_dir=Path(config.log_dir),
     )  # fmt: skip
+
+
+def make_agent(config: Config, *, connection: Any = None) -> Agent:
+    """The agent that a configuration describes."""
+    host = make_host(config)
     for folder in (host.images_dir, host.blocks_dir, Path(config.run_dir)):
         folder.mkdir(parents=True, exist_ok=True)
     hypervisor = Hypervisor(config.libvirt, host, shared=connection)
-    storage = SparseStorage(host) if domain_type == "test" else QemuStorage(host)
-    features = {"domain_type": domain_type, "libvirt": config.libvirt, "cgroup": cgroup}
+    storage = SparseStorage(host) if host.domain_type == "test" else QemuStorage(host)
+    features: dict[str, Any] = {
+        "domain_type": host.domain_type, "libvirt": config.libvirt, "cgroup": host.cgroup,
+        # libvirt's test driver has none.
+        "console": host.domain_type != "test",
+    }  # fmt: skip
     if host.spool_dir is not None:
         features["spool"] = spool.identity(host.spool_dir)
-    return Agent(config.uuid, config.name, hypervisor, storage, Path(config.run_dir), boot_id(config), features)
+    return Agent(
+        config.uuid, config.name, hypervisor, storage, Path(config.run_dir), boot_id(config), features,
+        _PATIENCE_SECONDS,
+    )  # fmt: skip
 
 
 class Service:
@@ -110,14 +133,14 @@ class Service:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.app: Celery = make_app(config.broker, (worker_queue(config.uuid),))
-        self.sender = Sender(self.app, config.broker)
+        self.sender = Sender(config.broker)
         self._stopping = threading.Event()
         self._agents: dict[int, Agent] = {}
         self._connection: Any = None
-        if config.domain_type == "test":
+        if config.libvirt.startswith("test:///"):
             import libvirt
 
-            # Held for the life of the process: the driver forgets everything with its last connection.
+            # Held for the life of the process: the driver in it forgets everything with its last connection.
             self._connection = libvirt.open(config.libvirt)
         self._add_tasks()
 
@@ -151,10 +174,12 @@ class Service:
             try:
                 self.sender.heartbeat(self.agent().heartbeat(), expires_seconds=3 * seconds)
                 trouble = ""
-            except (ActionError, OSError) as error:
+            except Exception as error:
+                # Whatever it is (each transport has errors of its own), the next one may come through: a worker whose
+                # thread has ended would pass for lost as long as it runs.
                 if str(error) != trouble:
                     trouble = str(error)
-                    log.error("no heartbeat: %s", error)
+                    log.error("no heartbeat: %s: %s", type(error).__name__, error)
             self._stopping.wait(seconds)
 
     def run(self) -> None:

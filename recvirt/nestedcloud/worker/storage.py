@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from recvirt.nestedcloud.model import DiskSpec, Fault, InstanceSpec
+from recvirt.nestedcloud.model import DiskSpec, Fault, InstanceSpec, check_uuid
 from recvirt.nestedcloud.worker.errors import ActionError
 from recvirt.nestedcloud.worker.host import Host
+from recvirt.nestedcloud.worker.locks import held
 from recvirt.nestedcloud.worker.seed import seed_image
 
 #: Left free on the file systems, for logs and for the metadata of copy-on-write images.
@@ -61,13 +62,18 @@ class Limits:
                 "--core=0", "--"]  # fmt: skip
 
 
+#: What a guest writes to; everything else is only read by QEMU.
+DISK_MODE = 0o660
+
+
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to; renamed to ``path`` at the end, or removed."""
+def whole_file(path: Path, mode: int = 0o640) -> Iterator[Path]:
+    """A name to write to; renamed to ``path`` at the end, or removed. Its group is whom QEMU runs as."""
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
         yield part
         with part.open("rb") as stream:
+            os.fchmod(stream.fileno(), mode)
             os.fsync(stream.fileno())
         part.rename(path)
         sync_folder(path.parent)
@@ -84,6 +90,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sweep(host: Host, target: str) -> None:
+    """Remove what processes that were killed have left half made of a thing. Called with its lock held."""
+    for folder in (host.images_dir, host.blocks_dir):
+        for path in folder.glob(f".{check_uuid(target)}*"):
+            path.unlink(missing_ok=True)
 
 
 def storage_error(error: OSError) -> ActionError:
@@ -134,7 +147,7 @@ class SparseStorage(_Common):
         """See :class:`Storage`."""
         path = self.host.disk_path(spec.root.uuid, spec.root.format)
         if not path.exists():
-            with whole_file(path) as part, part.open("wb") as stream:
+            with whole_file(path, DISK_MODE) as part, part.open("wb") as stream:
                 stream.truncate(spec.root.size_bytes)
 
     def grow(self, disk: DiskSpec) -> bool:
@@ -166,7 +179,7 @@ class QemuStorage(_Common):
         if not base.is_file():
             raise ActionError(Fault.NOT_FOUND, f"the image {spec.root.image} is not on this host")
         check_room(self.host.blocks_dir, 0)
-        with whole_file(path) as part:
+        with whole_file(path, DISK_MODE) as part:
             words = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(base)]
             self._run([*words, str(part), str(spec.root.size_bytes)])
 
@@ -190,7 +203,7 @@ def run_tool(argv: Sequence[str], *, good: Sequence[int] = (0,), limits: Limits 
     try:
         done = subprocess.run(
             words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=seconds,
-            check=False,
+            check=False, pass_fds=held(),
         )  # fmt: skip
     except FileNotFoundError:
         raise ActionError(Fault.STORAGE, f"{words[0]} is not installed on this host") from None

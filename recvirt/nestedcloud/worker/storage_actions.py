@@ -19,7 +19,7 @@ from recvirt.nestedcloud.model import (
     check_uuid,
     encode,
 )
-from recvirt.nestedcloud.worker.errors import ActionError
+from recvirt.nestedcloud.worker.errors import ActionError, UnreachableError
 from recvirt.nestedcloud.worker.site import Action, Facts, Site
 from recvirt.nestedcloud.worker.volumes import guest_has_to
 
@@ -151,6 +151,9 @@ def attach(site: Site, command: Command) -> Facts:
     try:
         domain = _domain(site, spec)
         site.volumes.size(volume)
+    except UnreachableError:
+        # Nothing is known then; an earlier attempt may have plugged it.
+        raise
     except ActionError as error:
         raise ActionError(error.fault, error.message, {"attached": False}) from None
     live = _is_live(site, domain)
@@ -159,6 +162,8 @@ def attach(site: Site, command: Command) -> Facts:
             site.progress(30, "telling the guest")
             site.hypervisor.plug(domain, _disk(command))
         _settle(site, domain, spec, command.operation)
+    except UnreachableError:
+        raise
     except ActionError as error:
         # Only when the guest surely has nothing of it is the volume free again.
         gone = not live or not site.hypervisor.is_plugged(domain, _disk(command))

@@ -17,7 +17,7 @@ from typing import Protocol
 from recvirt.nestedcloud.model import Fault, VolumeSpec
 from recvirt.nestedcloud.worker.errors import ActionError
 from recvirt.nestedcloud.worker.host import Host
-from recvirt.nestedcloud.worker.storage import Limits, check_room, run_tool, storage_error, whole_file
+from recvirt.nestedcloud.worker.storage import DISK_MODE, Limits, check_room, run_tool, storage_error, whole_file
 
 #: What a label may have: ext4 16 bytes (mkfs.ext4(8)), xfs 12 (mkfs.xfs(8)).
 _LABEL_BYTES = {"ext4": 16, "xfs": 12}
@@ -124,7 +124,7 @@ class SparseVolumes(_Common):
         """See :class:`Volumes`."""
         self.check_fresh(spec)
         if not self.path(spec).exists():
-            with whole_file(self.path(spec)) as part, part.open("wb") as stream:
+            with whole_file(self.path(spec), DISK_MODE) as part, part.open("wb") as stream:
                 stream.truncate(spec.size_bytes)
         self.note(spec, operation)
 
@@ -146,7 +146,7 @@ class SparseVolumes(_Common):
         self.check_fresh(spec)
         target = self.host.volume_snapshot_path(spec.uuid, name)
         if not target.exists():
-            with whole_file(target) as part, part.open("wb") as stream:
+            with whole_file(target, DISK_MODE) as part, part.open("wb") as stream:
                 stream.truncate(self.size(spec))
         self.note(spec, operation)
 
@@ -178,7 +178,7 @@ class QemuVolumes(_Common):
         if not path.exists():
             check_room(self.host.blocks_dir, 0)
             if spec.format == "qcow2" and spec.filesystem == "none":
-                with whole_file(path) as part:
+                with whole_file(path, DISK_MODE) as part:
                     self._run(["qemu-img", "create", "-q", "-f", "qcow2", str(part), str(spec.size_bytes)])
             elif spec.format == "qcow2":
                 with ExitStack() as stack:
@@ -186,7 +186,7 @@ class QemuVolumes(_Common):
                     self._format(raw, spec)
                     self._to_qcow2(raw, path)
             else:
-                with whole_file(path) as part:
+                with whole_file(path, DISK_MODE) as part:
                     self._format(part, spec)
         self.note(spec, operation)
 
@@ -203,7 +203,7 @@ class QemuVolumes(_Common):
         self._run(words)
 
     def _to_qcow2(self, raw: Path, path: Path) -> None:
-        with whole_file(path) as part:
+        with whole_file(path, DISK_MODE) as part:
             self._run(["qemu-img", "convert", "-q", "-f", "raw", "-O", "qcow2", str(raw), str(part)])
 
     def _scratch(self, spec: VolumeSpec) -> _Scratch:
@@ -264,7 +264,7 @@ class QemuVolumes(_Common):
     def _copy(self, source: Path, target: Path) -> None:
         """A sparse copy; a reflink where the file system can (cp(1))."""
         check_room(self.host.blocks_dir, source.stat().st_blocks * 512)
-        with whole_file(target) as part:
+        with whole_file(target, DISK_MODE) as part:
             self._run(["cp", "--sparse=always", "--reflink=auto", "--", str(source), str(part)])
 
     def snapshot(self, spec: VolumeSpec, name: str, operation: str) -> None:
