@@ -29,9 +29,6 @@ NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 SLOT_MAX = 24
 #: File systems for volumes, and the smallest volume in bytes that their makers take (mkfs.ext4(8), mkfs.xfs(8)).
 FILESYSTEM_BYTES_MIN = {"none": MIB, "ext4": 8 * MIB, "xfs": 300 * MIB}
-#: Before the name of an image's file that a package brought to the worker's host: a URL that nobody can ask for.
-BUNDLED = "bundled:"
-BUNDLED_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,99}\.(?:qcow2|raw)")
 #: Lower and upper bound of ``InstanceSpec.priority``; 50 is what everybody gets.
 PRIORITY_MIN, PRIORITY_DEFAULT, PRIORITY_MAX = 1, 50, 100
 
@@ -257,8 +254,8 @@ class VolumeSpec:
 @dataclass(frozen=True)
 class ImageSpec:
     """An image of the catalogue. ``format`` is that of what is brought in: from ``url``, from what the host's packages
-    brought (``bundled:NAME``), or from the spool of uploads when that is empty. ``sha256`` is the digest that is wanted, or empty. ``largest_bytes`` bounds what is fetched and
-    what a guest would see.
+    brought (``bundled:NAME``), or from the spool of uploads when that is empty. ``sha256`` is the digest that is
+    wanted, or empty. ``largest_bytes`` bounds what is fetched and what a guest would see.
     """
 
     uuid: str

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -178,7 +177,8 @@ class _Build:
     def _facts(self, release: str) -> Facts:
         installed = packages.installed(packages.parse_status((self.tree / STATUS).read_text()).values())
         owner = packages.owner_of(f"/boot/vmlinuz-{release}", self.tree / "var/lib/dpkg/info")
-        stages = {up.stage: up.key for up in (self.inputs.root, self.inputs.kernel, self.inputs.guest_image) if up is not None}
+        upstream = (self.inputs.root, self.inputs.kernel, self.inputs.guest_image)
+        stages = {up.stage: up.key for up in upstream if up is not None}
         return Facts(
             profile=self.inputs.profile, suite=self.inputs.suite, filesystem=self.inputs.filesystem,
             initramfs="none" if not (self.tree / f"boot/initrd.img-{release}").exists() else "small",

@@ -78,7 +78,8 @@ class RootStage:
         listed = read_lists([package_list_path(name) for name in root.package_lists], root.suite)
         ours = own_packages([*listed, *root.packages])
         names = packages_wanted(profile, listed, ours, depends_of(data_path("packages"), ours))
-        packages = archive_of(root, context.tools, context.cache_dir, offline=context.offline).resolve(names, essential=True)
+        archive = archive_of(root, context.tools, context.cache_dir, offline=context.offline)
+        packages = archive.resolve(names, essential=True)
         installed = frozenset(package.name for package in packages)
         if faults := missing_basics(profile, installed):
             raise ConfigError(faults)

@@ -12,8 +12,8 @@ from recvirt.errors import StageError
 
 #: Without these it does not come up to its first program, or nobody can reach it.
 _BUILT_IN = (
-    "EXT4_FS", "EFI_PARTITION", "VIRTIO_PCI", "VIRTIO_BLK", "SERIAL_8250_CONSOLE", "DEVTMPFS", "DEVTMPFS_MOUNT", "TMPFS",
-    "UNIX", "PACKET", "ACPI_BUTTON",
+    "EXT4_FS", "EFI_PARTITION", "VIRTIO_PCI", "VIRTIO_BLK", "SERIAL_8250_CONSOLE", "DEVTMPFS", "DEVTMPFS_MOUNT",
+    "TMPFS", "UNIX", "PACKET", "ACPI_BUTTON",
 )  # fmt: skip
 #: Symbol -> module: its card, the power button, first-boot data.
 _NEEDED = {"VIRTIO_NET": "virtio_net", "INPUT_EVDEV": "evdev", "ISO9660_FS": "isofs"}
@@ -43,7 +43,7 @@ def _plain(name: str) -> str:
 
 
 def closure(modules_dep: str, wanted: Iterable[str]) -> tuple[str, ...]:
-    """The files (paths as in modules.dep(5)) of the modules and of all that they need. StageError for an unknown one."""
+    """The files (paths as in modules.dep(5)) of modules and of all that they need. StageError for an unknown one."""
     needs = {}
     for line in modules_dep.splitlines():
         path, _, others = line.partition(":")

@@ -1,4 +1,4 @@
-"""Images that packages bring: registered once, replaced by newer ones, brought in like any other, started by default."""
+"""Images that packages bring: registered once, replaced by newer ones, brought in as all are, started by default."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def host(tmp_path: Path) -> Host:
     return made
 
 
-# -- registered once -----------------------------------------------------------------------------------------------------
+# -- registered once ---------------------------------------------------------------------------------------------------
 
 
 def test_an_image_is_registered_once_and_asked_for_from_the_worker_here(rows: None, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_damaged_document_does_not_keep_others_away(rows: None, tmp_path: Path
     assert Image.objects.count() == 1
 
 
-# -- brought in ----------------------------------------------------------------------------------------------------------
+# -- brought in --------------------------------------------------------------------------------------------------------
 
 
 def spec_of(told: dict[str, Any], **changes: Any) -> ImageSpec:
@@ -222,7 +222,7 @@ def test_nobody_asks_for_such_a_file_through_the_api(cloud: Cloud) -> None:
     assert Operation.objects.count() == 0
 
 
-# -- started when none is named ------------------------------------------------------------------------------------------
+# -- started when none is named ----------------------------------------------------------------------------------------
 
 
 def launched(cloud: Cloud) -> Any:
@@ -261,7 +261,7 @@ def test_without_an_image_it_is_told_and_so_is_one_that_comes(cloud: Cloud, tmp_
     assert "being brought in" in str(launched(cloud).data)
 
 
-# -- a person's keys -----------------------------------------------------------------------------------------------------
+# -- a person's keys ---------------------------------------------------------------------------------------------------
 
 
 def test_a_person_s_own_keys(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_every_request_with_a_body_says_what_is_in_it() -> None:
 def test_what_is_known_of_a_field_is_said() -> None:
     launch = document()["components"]["schemas"]["Launch"]
     assert launch["properties"]["vcpus"] == {"type": "integer", "minimum": 1, "maximum": 512}
-    assert set(launch["required"]) == {"name", "image"}
+    assert set(launch["required"]) == {"name"}
     assert launch["properties"]["ssh_keys"]["items"] == {"type": "string", "maxLength": 16384}
     stop = document()["paths"]["/api/v1/projects/{project}/instances/{name}/stop"]["post"]
     assert stop["requestBody"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Stop"}

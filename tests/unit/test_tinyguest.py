@@ -16,6 +16,7 @@ import pytest
 from recvirt.data import data_path
 from recvirt.errors import StageError
 from recvirt.model import Image, Kernel, Profile
+from recvirt.nestedcloud.bundled import FOLDER
 from recvirt.nestedcloud.central import bundled
 from recvirt.nestedcloud.worker.seed import seed_files
 from recvirt.pipeline import stages_for
@@ -35,7 +36,7 @@ CONFIG = dict.fromkeys(
 ) | {"INPUT_EVDEV": "m", "ISO9660_FS": "m"}  # fmt: skip
 
 
-# -- which profiles have it ----------------------------------------------------------------------------------------------
+# -- which profiles have it --------------------------------------------------------------------------------------------
 
 
 def test_only_a_profile_that_asks_for_it_builds_it() -> None:
@@ -49,14 +50,14 @@ def test_only_a_profile_that_asks_for_it_builds_it() -> None:
 
 
 def test_it_can_t_have_debian_s_kernel() -> None:
-    data = {"kernel": {"source": "debian"}, "image": {"initramfs": "small", "guest_image": True}}
+    data: dict[str, Any] = {"kernel": {"source": "debian"}, "image": {"initramfs": "small", "guest_image": True}}
     assert [place for place, _ in conflicts(data)] == [("image", "guest_image")]
     data["image"]["guest_image"] = False
     assert conflicts(data) == []
     assert "guest_image" not in [stage.name for stage in stages_for(Profile(name="p", kernel=Kernel(source="debian")))]
 
 
-# -- the tree ------------------------------------------------------------------------------------------------------------
+# -- the tree ----------------------------------------------------------------------------------------------------------
 
 
 def test_our_files_are_programs_where_they_are_run(tmp_path: Path) -> None:
@@ -116,7 +117,7 @@ def test_grub_starts_the_kernel_without_a_menu() -> None:
     assert grub_cfg("root=PARTUUID=x ro") == "linux /boot/vmlinuz root=PARTUUID=x ro\nboot\n"
 
 
-# -- programs ------------------------------------------------------------------------------------------------------------
+# -- programs ----------------------------------------------------------------------------------------------------------
 
 READELF = """
 Elf file type is DYN (Position-Independent Executable file)
@@ -172,7 +173,7 @@ def test_what_no_package_has_is_told(tmp_path: Path) -> None:
         add_programs(Tree(), Unpacked(tmp_path, ("tools",)), lambda _: Linked(()))
 
 
-# -- the kernel ----------------------------------------------------------------------------------------------------------
+# -- the kernel --------------------------------------------------------------------------------------------------------
 
 
 def test_modules_are_what_is_not_built_in() -> None:
@@ -204,7 +205,7 @@ def test_modules_are_unpacked_by_their_ending(suffix: str, program: str) -> None
     assert program in " ".join(modules.unpack_argv(f"/a b/x.ko{suffix}", "/out"))
 
 
-# -- the package ---------------------------------------------------------------------------------------------------------
+# -- the package -------------------------------------------------------------------------------------------------------
 
 FACTS = package.Facts("6.12.9", "linux-source-6.12 6.12.9-1", "trixie", 1_767_225_600, ("grub-common=2",), ("a 1",))
 
@@ -216,7 +217,7 @@ def test_the_cloud_understands_what_the_builder_tells(tmp_path: Path) -> None:
     assert list(bundled.find(tmp_path)) == [
         bundled.Bundled("recvirt-guest", "recvirt-guest.qcow2", "qcow2", "0" * 64, 5, 7)
     ]
-    assert package.IMAGE == bundled.DEFAULT_NAME and f"/{package.FOLDER}" == str(bundled.FOLDER)
+    assert package.IMAGE == bundled.DEFAULT_NAME and f"/{package.FOLDER}" == str(FOLDER)
 
 
 def test_versions_sort_by_day() -> None:
@@ -226,7 +227,7 @@ def test_versions_sort_by_day() -> None:
     assert "\n  a 1\n" in package.copyright_text(FACTS)
 
 
-# -- documents -----------------------------------------------------------------------------------------------------------
+# -- documents ---------------------------------------------------------------------------------------------------------
 
 
 def value(key: str, text: str, tmp_path: Path) -> list[str]:
@@ -282,12 +283,14 @@ def test_json_with_all_that_python_escapes(indent: int | None, tmp_path: Path) -
     assert value("c", text, tmp_path) == [], "a text of several lines would be several keys"
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"keys": ["a', '{"keys" "a"}', '{"keys": "\\uZZZZ"}', "[" * 50, "- a\n: b\n"])
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"keys": ["a', '{"keys" "a"}', '{"keys": "\\uZZZZ"}', "[" * 50, "- a\n: b\n"]
+)
 def test_a_damaged_document_ends(text: str, tmp_path: Path) -> None:
     assert value("keys", text, tmp_path) == []
 
 
-# -- first-boot data -----------------------------------------------------------------------------------------------------
+# -- first-boot data ---------------------------------------------------------------------------------------------------
 
 
 class Machine:
@@ -327,8 +330,8 @@ def test_what_the_worker_writes_is_understood(machine: Machine) -> None:
     assert machine.keys == [f"{KEY} me", f'from="10.0.0.0/8" {KEY} ?']
     assert machine.text("var/lib/cloud/user-script") == "#!/bin/sh\necho x\n"
     assert machine.text("var/lib/cloud/instance-id") == f"{spec.uuid}\n"
-    for path, mode in (("root/.ssh", 0o700), ("root/.ssh/authorized_keys", 0o600), ("var/lib/cloud/user-script", 0o700)):
-        assert stat.S_IMODE((machine.root / path).stat().st_mode) == mode
+    modes = {"root/.ssh": 0o700, "root/.ssh/authorized_keys": 0o600, "var/lib/cloud/user-script": 0o700}
+    assert {path: stat.S_IMODE((machine.root / path).stat().st_mode) for path in modes} == modes
 
 
 def test_user_data_s_name_and_keys_count_too(machine: Machine) -> None:
@@ -404,7 +407,7 @@ def test_plain_yaml_meta_data(machine: Machine) -> None:
     assert (machine.text("etc/hostname"), machine.keys) == ("web\n", [f"{KEY} me"])
 
 
-# -- identity and devices ------------------------------------------------------------------------------------------------
+# -- identity and devices ----------------------------------------------------------------------------------------------
 
 
 def identify(root: Path) -> None:
@@ -507,6 +510,9 @@ def test_cards_get_an_address_and_the_loopback_does_not(devices: Devices) -> Non
     assert devices.log.read_text() == "up eth0\nup eth1\n"
 
 
-@pytest.mark.parametrize("path", sorted(path for path in GUEST.rglob("*") if path.is_file() and path.read_bytes()[:2] == b"#!"), ids=str)
+SCRIPTS = sorted(path for path in GUEST.rglob("*") if path.is_file() and path.read_bytes()[:2] == b"#!")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_every_script_is_one(path: Path) -> None:
     subprocess.run(["sh", "-n", str(path)], check=True, timeout=30)

@@ -16,11 +16,11 @@ from typing import Any
 
 from django.db import transaction
 
+from recvirt.nestedcloud.bundled import FILE_NAME, FOLDER, SCHEME
 from recvirt.nestedcloud.central.models import DiskFormat, Image, ImageState, Operation, Project, Worker
 from recvirt.nestedcloud.central.operations import digest_of, record
-from recvirt.nestedcloud.model import BUNDLED, BUNDLED_NAME, Kind, ModelError, check_name
+from recvirt.nestedcloud.model import Kind, ModelError, check_name
 
-FOLDER = Path("/usr/share/recvirt-cloud/images")
 #: What is started when nobody says which image.
 DEFAULT_NAME = "recvirt-guest"
 _FORMAT = 1
@@ -47,7 +47,7 @@ def _parse(data: Any) -> Bundled:
         raise ModelError(f"want a document of format {_FORMAT}")
     names = ("name", "file", "disk_format", "sha256", "bytes", "virtual_bytes")
     name, file, disk_format, sha256, size_bytes, virtual_bytes = (data.get(field) for field in names)
-    if not (isinstance(file, str) and BUNDLED_NAME.fullmatch(file)):
+    if not (isinstance(file, str) and FILE_NAME.fullmatch(file)):
         raise ModelError(f"file: {file!r}")
     if disk_format not in DiskFormat.values:
         raise ModelError(f"disk_format: {disk_format!r}")
@@ -106,7 +106,7 @@ def _ensure(bundled: Bundled, worker_uuid: str, project_name: str) -> bool:
         else:
             return False
         args = {
-            "url": f"{BUNDLED}{bundled.file}", "largest_bytes": max(bundled.size_bytes, bundled.virtual_bytes),
+            "url": f"{SCHEME}{bundled.file}", "largest_bytes": max(bundled.size_bytes, bundled.virtual_bytes),
         }  # fmt: skip
         digest = digest_of(Kind.IMAGE_IMPORT, str(image.uuid), args)
         record(project, None, Kind.IMAGE_IMPORT, args, None, digest, worker=worker, image=image)

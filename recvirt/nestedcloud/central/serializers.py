@@ -184,7 +184,9 @@ class LaunchSerializer(_Size):
         raise serializers.ValidationError({"image": [why]})
 
     def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
-        """With defaults: the image that is meant when none is named, one vCPU, 512 MiB, the image's own size, room to double what it starts with."""
+        """With defaults: the image that is meant when none is named, one vCPU, 512 MiB, the image's own size, room to
+        double what it starts with.
+        """
         if "image" not in attrs:
             attrs["image"] = self._default_image()
         attrs.setdefault("vcpus", 1)

@@ -12,6 +12,7 @@ from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Literal
 
+from recvirt.nestedcloud import bundled
 from recvirt.nestedcloud.model import check_uuid
 
 DomainType = Literal["kvm", "qemu", "test"]
@@ -39,7 +40,7 @@ class Host:
     spool_dir: Path | None = None
     fetch_allow: tuple[IPv4Network | IPv6Network, ...] = ()
     keeps_files: bool = False
-    bundled_dir: Path = Path("/usr/share/recvirt-cloud/images")
+    bundled_dir: Path = bundled.FOLDER
 
     def image_path(self, image: str) -> Path:
         """The file of an image."""

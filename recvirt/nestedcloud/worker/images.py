@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from recvirt.nestedcloud import spool
-from recvirt.nestedcloud.model import BUNDLED, BUNDLED_NAME, MIB, Fault, ImageSpec, InstanceSpec
+from recvirt.nestedcloud import bundled, spool
+from recvirt.nestedcloud.model import MIB, Fault, ImageSpec, InstanceSpec
 from recvirt.nestedcloud.worker.errors import ActionError
 from recvirt.nestedcloud.worker.fetch import copy, fetch
 from recvirt.nestedcloud.worker.host import Host
@@ -116,7 +116,7 @@ class _Common:
     def _fetch(self, spec: ImageSpec, target: Path) -> str:
         with target.open("xb") as stream:
             sink = _Digest(stream)
-            if spec.url.startswith(BUNDLED):
+            if spec.url.startswith(bundled.SCHEME):
                 self._read_bundled(spec, sink)
             elif spec.url:
                 fetch(spec.url, sink, spec.largest_bytes, self.host.fetch_allow)
@@ -131,8 +131,8 @@ class _Common:
         """What a package brought, on the way that everything takes. Only with a digest: the file may be another one by
         the time that it is read.
         """
-        name = spec.url.removeprefix(BUNDLED)
-        if not BUNDLED_NAME.fullmatch(name) or not spec.sha256:
+        name = spec.url.removeprefix(bundled.SCHEME)
+        if not bundled.FILE_NAME.fullmatch(name) or not spec.sha256:
             raise ActionError(Fault.INVALID, f"{name!r} is no image that a package brings")
         try:
             with (self.host.bundled_dir / name).open("rb") as source:
