@@ -2,11 +2,11 @@
 
     python -m tests.cloud.soak --minutes 30 --seed 7
 
-The cloud is that of ``recvirt-cloud dev`` (its processes, SQLite, a folder for messages), with libvirt's test driver in a
-libvirtd of its own, so that instances outlive the worker. What is asked for is chosen by Hypothesis's state machine from
-the seed; a model says what must have become of it. Each round ends with everything compared (model, rows, promises,
-domains, files) and deleted, and then with nothing left. When a kill falls is a matter of the clock: the same seed asks
-for the same things, and the kills land a little elsewhere.
+The cloud is that of ``recvirt-cloud dev`` (its processes, SQLite, a folder for messages), with libvirt's test driver in
+a libvirtd of its own, so that instances outlive the worker. What is asked for is chosen by Hypothesis's state machine
+from the seed; a model says what must have become of it. Each round ends with everything compared (model, rows,
+promises, domains, files) and deleted, and then with nothing left. When a kill falls is a matter of the clock: the same
+seed asks for the same things, and the kills land a little elsewhere.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from recvirt.nestedcloud import dev
 from recvirt.nestedcloud.client.api import Api, ApiError, load_access
 from recvirt.nestedcloud.model import MIB
 from tests.cloud.faults import world
-from tests.cloud.faults.libvirtd import Libvirtd, why_not
+from tests.cloud.faults.libvirtd import Libvirtd, scratch, why_not
 
 #: What a round asks for, and how many rounds a seed makes (the first one is Hypothesis's smallest).
 STEPS, ROUNDS = 40, 3
@@ -145,7 +145,7 @@ class Thing:
     """
 
     values: dict[str, Any]
-    pending: tuple[str, Callable[[], None]] | None = None
+    pending: tuple[str, Callable[[], object]] | None = None
 
 
 class Soak(RuleBasedStateMachine):
@@ -176,7 +176,7 @@ class Soak(RuleBasedStateMachine):
         stage.tally.operations[kind] += 1
         return operation
 
-    def _ask(self, thing: Thing, kind: str, method: str, path: str, body: Any, then: Callable[[], None]) -> None:
+    def _ask(self, thing: Thing, kind: str, method: str, path: str, body: Any, then: Callable[[], object]) -> None:
         """An operation on something that is not busy. What it makes true is so once it was waited for."""
         try:
             operation = self._asked(kind, method, path, body)
@@ -306,10 +306,10 @@ class Soak(RuleBasedStateMachine):
         body = {"snapshot": label}
         if label not in kept:
             state = thing.values["state"]
-            then: Callable[[], None] = lambda: kept.update({label: state})
+            then: Callable[[], object] = partial(kept.update, {label: state})
             self._ask(thing, "snapshot", "POST", f"instances/{name}/snapshot", body, then)
         else:
-            then = lambda: kept.pop(label)
+            then = partial(kept.pop, label)
             self._ask(thing, "snapshot-remove", "POST", f"instances/{name}/snapshot-remove", body, then)
 
     @rule(pick=st.integers(0, 5))
@@ -320,7 +320,7 @@ class Soak(RuleBasedStateMachine):
         if not thing.values["snapshots"] or any(it.values["instance"] == name for it in self.volumes.values()):
             return
         label, state = sorted(thing.values["snapshots"].items())[0]
-        then = lambda: thing.values.update(state=state)
+        then = partial(thing.values.update, state=state)
         self._ask(thing, "revert", "POST", f"instances/{name}/revert", {"snapshot": label}, then)
 
     @rule(pick=st.integers(0, 5))
@@ -331,7 +331,7 @@ class Soak(RuleBasedStateMachine):
         name, thing = found
         copy = Thing({**thing.values, "state": "new", "snapshots": {}})
         self.instances[free[0]] = copy
-        then = lambda: copy.values.update(state="off")
+        then = partial(copy.values.update, state="off")
         self._ask(copy, "clone", "POST", f"instances/{name}/clone", {"name": free[0]}, then)
         # The original is held as well.
         self._rest(copy)
@@ -376,7 +376,7 @@ class Soak(RuleBasedStateMachine):
         if volume is None or volume[1].values["instance"] is None:
             return
         name, thing = volume
-        then = lambda: thing.values.update(instance=None)
+        then = partial(thing.values.update, instance=None)
         self._ask(thing, "detach", "POST", f"volumes/{name}/detach", {}, then)
         self._rest(thing)
 
@@ -397,13 +397,13 @@ class Soak(RuleBasedStateMachine):
         kept, body = thing.values["snapshots"], {"snapshot": "kept"}
         if "kept" not in kept:
             size = thing.values["size_bytes"]
-            then: Callable[[], None] = lambda: kept.update(kept=size)
+            then: Callable[[], object] = partial(kept.update, kept=size)
             self._ask(thing, "volume-snapshot", "POST", f"volumes/{name}/snapshot", body, then)
         elif back:
-            then = lambda: thing.values.update(size_bytes=kept["kept"])
+            then = partial(thing.values.update, size_bytes=kept["kept"])
             self._ask(thing, "volume-revert", "POST", f"volumes/{name}/revert", body, then)
         else:
-            then = lambda: kept.clear()
+            then = kept.clear
             self._ask(thing, "volume-snapshot-remove", "POST", f"volumes/{name}/snapshot-remove", body, then)
 
     @rule(pick=st.integers(0, 5))
@@ -584,7 +584,7 @@ def _left() -> list[str]:
 
 def soak(minutes: float, first_seed: int, folder: Path, port: int = 8791) -> Tally:
     """Round after round until the time is up."""
-    global stage
+    global stage  # noqa: PLW0603 - Hypothesis makes the machine without arguments
     os.environ["DJANGO_ALLOW_ASYNC_UNSAFE"] = "1"
     stage = Stage(folder, port)
     deadline = time.monotonic() + minutes * 60
@@ -616,7 +616,7 @@ def main() -> None:
     options = parser.parse_args()
     if reason := why_not():
         sys.exit(reason)
-    folder = Path(tempfile.mkdtemp(prefix="recvirt-soak-"))
+    folder = scratch("recvirt-soak-")
     number = options.seed if options.seed is not None else int(time.time())
     try:
         tally = soak(options.minutes, number, folder)

@@ -114,7 +114,7 @@ def test_nothing_is_sent_twice_while_its_lease_runs(cloud: Cloud) -> None:
 
 def test_what_nobody_answers_is_sent_again_and_given_up_in_the_end(cloud: Cloud) -> None:
     operation = operations.launch(cloud.project, cloud.user, wish(cloud))
-    for attempt in range(1, dispatcher.ATTEMPTS_MAX + 1):
+    for attempt in range(1, reports.ATTEMPTS_MAX + 1):
         ((_, command),) = sent()
         assert command.attempt == attempt
         Operation.objects.update(lease_until=timezone.now() - timedelta(seconds=1))

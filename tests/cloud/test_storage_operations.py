@@ -12,7 +12,7 @@ from django.conf import settings
 from django.utils import timezone
 
 from recvirt.nestedcloud import spool
-from recvirt.nestedcloud.central import dispatcher, images, operations, reports, volumes
+from recvirt.nestedcloud.central import images, operations, reports, volumes
 from recvirt.nestedcloud.central.models import Image, Instance, Operation, Project, Volume, Worker
 from recvirt.nestedcloud.central.problems import NoCapacity, OperationActive, QuotaExceeded, Refused, WrongState
 from recvirt.nestedcloud.model import GIB, MIB, Command, Fault, Kind, Phase, Power, encode
@@ -154,7 +154,7 @@ def test_after_a_failed_attach_it_is_free_only_if_the_worker_says_so(
 def test_an_attach_that_nobody_answered_keeps_its_volume(cloud: Cloud) -> None:
     instance, volume = launched(cloud), allocated(cloud)
     volumes.attach(volume, instance, cloud.user)
-    Operation.objects.filter(finished=None).update(attempt=dispatcher.ATTEMPTS_MAX)
+    Operation.objects.filter(finished=None).update(attempt=reports.ATTEMPTS_MAX)
     assert sent() == []
     volume.refresh_from_db()
     assert volume.instance == instance

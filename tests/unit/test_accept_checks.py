@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from recvirt.accept.checks import image as image_checks
-from recvirt.accept.checks import logs, promises, security, storage, system, virtual
+from recvirt.accept.checks import logs, nestedcloud, promises, security, storage, system, virtual
 from recvirt.accept.context import Promises
 from recvirt.accept.registry import all_checks
 from recvirt.accept.results import Failed, Skipped
@@ -251,3 +251,19 @@ def test_config_parsing_ignores_what_is_off() -> None:
 def test_loopback_addresses() -> None:
     assert all(map(security._is_loopback, ("127.0.0.54%lo", "[::1]", "127.0.0.1")))
     assert not any(map(security._is_loopback, ("0.0.0.0", "[::]", "*", "10.0.2.15%eth0")))
+
+
+def test_what_listens_outside_is_told_from_what_is_for_instances() -> None:
+    text = (
+        'udp UNCONN 0 0 192.168.122.1:53 0.0.0.0:* users:(("dnsmasq",pid=9,fd=5))\n'
+        "udp UNCONN 0 0 0.0.0.0%virbr0:67 0.0.0.0:*\n"
+        "tcp LISTEN 0 128 127.0.0.1:5672 0.0.0.0:*\n"
+        "tcp LISTEN 0 4096 127.0.0.53%lo:53 0.0.0.0:*\n"
+        'tcp LISTEN 0 511 [::]:443 [::]:* users:(("nginx",pid=7,fd=6))\n'
+        'tcp LISTEN 0 128 0.0.0.0:22 0.0.0.0:* users:(("sshd",pid=8,fd=6))\n'
+        "udp UNCONN 0 0 10.0.2.15%enp0s5:68 0.0.0.0:*\n"
+    )
+    found = nestedcloud.listeners(text, ["192.168.122.1"])
+    assert set(found) == {("tcp", 443), ("tcp", 22), ("udp", 68)}
+    assert "nginx" in found["tcp", 443]
+    assert ("udp", 53) in nestedcloud.listeners(text, [])

@@ -11,6 +11,7 @@ import re
 import secrets
 import shlex
 import time
+from collections.abc import Collection
 from typing import Any
 
 from recvirt.accept.guest import Guest
@@ -25,6 +26,8 @@ VOLUME = "data"
 OPEN_PORTS = {("tcp", 22), ("tcp", 443), ("udp", 51820), ("udp", 68)}
 #: Files that the test user may not read.
 SECRETS = ("central.toml", "worker.toml", "secret-key", "tls/key.pem")
+#: Interfaces of instances and of workers' tunnels begin like these.
+_INNER = ("virbr", "rv", "wg")
 _OPERATION_SECONDS = 120
 _KEY = "~/.ssh/recvirt-instance"
 _SCHEDULE_SECONDS = 60
@@ -57,18 +60,20 @@ def wait_for(guest: Guest, what: str, look: Any, seconds: float = _OPERATION_SEC
         time.sleep(2)
 
 
-def listeners(text: str) -> set[tuple[str, int]]:
-    """Protocol and port of what ``ss -Hltnu`` shows outside of the loopback and of the networks for instances."""
-    found = set()
+def listeners(text: str, inner: Collection[str]) -> dict[tuple[str, int], str]:
+    """Protocol and port of what ``ss -Hltnup`` shows, to whose they are; without the loopback, the networks for
+    instances, and the machine's own addresses there (``inner``).
+    """
+    found = {}
     for line in text.splitlines():
         words = line.split()
         if len(words) < 5:
             continue
         address, _, port = words[4].rpartition(":")
         host, _, device = address.strip("[]").partition("%")
-        if host.startswith("127.") or host == "::1" or device == "lo" or device.startswith(("virbr", "rv", "wg")):
+        if host.startswith("127.") or host in ("::1", *inner) or device == "lo" or device.startswith(_INNER):
             continue
-        found.add((words[0], int(port)))
+        found[words[0], int(port)] = " ".join(words[6:])
     return found
 
 
@@ -93,13 +98,16 @@ def cloud_is_set_up(guest: Guest) -> str:
 @check("cloud-is-closed", "cloud")
 def cloud_is_closed(guest: Guest) -> str:
     """From outside, SSH, the API and the workers' network can be reached, and nothing else"""
-    found = listeners(guest.out("ss -Hltnu"))
+    addresses = guest.json("ip -json addr show")
+    inner = [
+        info["local"] for link in addresses if link["ifname"].startswith(_INNER) for info in link.get("addr_info", ())
+    ]
+    found = listeners(guest.out("ss -Hltnup"), inner)
     if ("tcp", 443) not in found:
         raise Failed("nothing listens on port 443")
-    wrong = sorted(found - OPEN_PORTS)
-    addresses = guest.out("ip -4 -o addr show scope global | awk '$2 !~ /^(virbr|rv|wg)/ {print $4}'").split()
+    wrong = sorted(set(found) - OPEN_PORTS)
     if wrong:
-        raise Failed(f"{', '.join(f'{port}/{protocol}' for protocol, port in wrong)} on {', '.join(addresses)}")
+        raise Failed("; ".join(f"{port}/{protocol}: {found[protocol, port]}" for protocol, port in wrong))
     return ", ".join(f"{port}/{protocol}" for protocol, port in sorted(found))
 
 

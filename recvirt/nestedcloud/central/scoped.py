@@ -62,8 +62,9 @@ class ProjectScoped(viewsets.GenericViewSet[Any]):
         self, request: Request, kind: Kind, args: Mapping[str, Any], find: Callable[[], Any],
         ask: Callable[..., Operation],
     ) -> Response:  # fmt: skip
-        """202 with the operation that ``ask`` makes of what ``find`` finds. Asked again in the same words after its end,
-        the thing may be gone: the answer is the same.
+        """202 with the operation that ``ask`` makes of what ``find`` finds.
+
+        Asked again in the same words after its end, the thing may be gone: the answer is the same.
         """
         key = self.key(request)
         try:
@@ -76,8 +77,10 @@ class ProjectScoped(viewsets.GenericViewSet[Any]):
 
     def _before(self, kind: Kind, args: Mapping[str, Any], key: str) -> Operation | None:
         found = self.project.operations.filter(idempotency_key=key, kind=kind.value, user=self.user).first()
-        target = found and (found.volume or found.image or found.instance)
-        if found is None or target is None or target.name != self.kwargs.get("name"):
+        if found is None:
+            return None
+        target = found.volume or found.image or found.instance
+        if target is None or target.name != self.kwargs.get("name"):
             return None
         return found if found.request_digest == digest_of(kind, str(target.pk), args) else None
 

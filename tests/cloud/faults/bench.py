@@ -130,7 +130,7 @@ class Bench:
     def dispatch(self) -> None:
         """What the dispatcher does in one round."""
         from recvirt.nestedcloud.central import config, dispatcher, schedules
-        from recvirt.nestedcloud.queue import Sender, make_app
+        from recvirt.nestedcloud.queue import Sender
 
         schedules.fire()
         broker = config.load().broker
@@ -138,10 +138,10 @@ class Bench:
 
     def work(self) -> int:
         """Carry out what is in the worker's queue; how many messages that were."""
-        from recvirt.nestedcloud.worker import service
+        from recvirt.nestedcloud.queue import worker_queue
 
         made = self._service()
-        return _drain(made.app, service.worker_queue(made.config.uuid))
+        return _drain(made.app, worker_queue(made.config.uuid))
 
     def consume(self) -> int:
         """Write down what is in the central node's queue."""
@@ -303,7 +303,7 @@ def _drain(app: Any, queue: str) -> int:
 
     count = 0
     with app.connection_for_read() as connection:
-        bound = Queue(queue)(connection.default_channel)
+        bound: Any = Queue(queue)(connection.default_channel)  # type: ignore[no-untyped-call]
         bound.declare()
         while (message := bound.get(no_ack=False, accept=["json"])) is not None:
             app.tasks[message.headers["task"]](*message.payload[0])
