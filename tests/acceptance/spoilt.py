@@ -234,6 +234,55 @@ MATRIX = (
 #: The Intel side (``--vmx``): a kernel package whose kvm_intel is another module.
 VMX = (Mutant("vmx-on-bochs", r"kvm_intel"),)
 
+_CLOUD = "/usr/lib/python3/dist-packages/recvirt/nestedcloud"
+#: A cloud whose parts leave undone what they say they did.
+CLOUD = (
+    Mutant("cloud-is-closed", r"9999/tcp", _listener),
+    Mutant(
+        "cloud-keeps-its-secrets",
+        r"an ordinary user can read",
+        _sub(f"{_CLOUD}/provision.py", r"mode: int = 0o640", "mode: int = 0o644"),
+    ),
+    Mutant(
+        "cloud-rescales-live",
+        r"a second processor",
+        _sub(f"{_CLOUD}/worker/hypervisor.py", r"^( +)self\._call\(domain\.setVcpusFlags,.*$", r"\1pass"),
+    ),
+    Mutant(
+        "cloud-reverts-to-a-snapshot",
+        r"holds 'after'",
+        _sub(f"{_CLOUD}/worker/hypervisor.py", r"^( +)self\._call\(domain\.revertToSnapshot,.*$", r"\1pass"),
+    ),
+    Mutant(
+        "cloud-gives-volumes",
+        r"mount",
+        _sub(f"{_CLOUD}/worker/volumes.py", r"^( +)self\._run\(words\)$", r"\1pass"),
+    ),
+    Mutant(
+        "cloud-keeps-appointments",
+        r"before its time",
+        _sub(f"{_CLOUD}/central/schedules.py", r"next_at__lte=now\)", "next_at__lte=now + timedelta(seconds=50))"),
+    ),
+    Mutant(
+        "cloud-survives-a-power-cut",
+        r"the same instances as before",
+        _sub(f"{_CLOUD}/central/reports.py", r"restarted = bool\(.*$", "restarted = False"),
+    ),
+)
+#: Each of these leaves nothing for the others to look at.
+CLOUD_ALONE = (
+    Mutant(
+        "cloud-is-set-up",
+        r"a healthy cloud with a worker",
+        _sub("/usr/lib/systemd/system/recvirt-cloud-worker.service", r"^ExecStart=.*$", "ExecStart=/bin/false"),
+    ),
+    Mutant(
+        "cloud-launches-under-kvm",
+        r"does not run it under KVM",
+        _sub(f"{_CLOUD}/provision.py", r'return "kvm"', 'return "qemu"'),
+    ),
+)
+
 #: Promises that the image never kept: the profile is what is changed.
 BROKEN_PROMISES = {
     "users": r"eve is missing",

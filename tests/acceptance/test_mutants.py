@@ -23,9 +23,23 @@ from recvirt.accept.registry import all_checks
 from recvirt.accept.results import CheckResult
 from recvirt.errors import AcceptanceError
 from recvirt.model import Profile
+from recvirt.profile import load_profile
 from recvirt.qemu import make_overlay
 from recvirt.sandbox import ToolsRoot
-from tests.acceptance.spoilt import BROKEN_PROMISES, DEEP, ELSEWHERE, FEW, KERNELS, MANY, MATRIX, VMX, Mutant, spoil
+from tests.acceptance.spoilt import (
+    BROKEN_PROMISES,
+    CLOUD,
+    CLOUD_ALONE,
+    DEEP,
+    ELSEWHERE,
+    FEW,
+    KERNELS,
+    MANY,
+    MATRIX,
+    VMX,
+    Mutant,
+    spoil,
+)
 from tests.support.namespace import Namespace
 from tests.support.spoil import SpoiltImage
 
@@ -82,7 +96,7 @@ def many(image: Path, profile: Profile, tools: ToolsRoot, tmp_path_factory: pyte
 
 
 def test_every_check_has_a_spoilt_image() -> None:
-    mutants = (*FEW, *MANY, *DEEP, *KERNELS, *MATRIX, *VMX)
+    mutants = (*FEW, *MANY, *DEEP, *KERNELS, *MATRIX, *VMX, *CLOUD, *CLOUD_ALONE)
     covered = {mutant.check for mutant in mutants} | set(BROKEN_PROMISES) | ELSEWHERE
     assert covered == {item.name for item in all_checks()}
 
@@ -159,6 +173,29 @@ def spoilt_results(
 def test_one_level_down_rejects(image: Path, profile: Profile, tools: ToolsRoot, tmp_path: Path) -> None:
     found = spoilt_results(image, profile, tools, tmp_path, DEEP)
     for mutant in DEEP:
+        rejected(found, mutant.check, mutant.words)
+
+
+@pytest.fixture(scope="session")
+def cloud_image(image: Path) -> Path:
+    """An image with the Nested Cloud, built beside the other one."""
+    path = image.parent.parent / "nested-cloud" / image.name
+    if not path.exists():
+        pytest.fail(f"{path} does not exist: recvirt build nested-cloud")
+    return path
+
+
+@pytest.mark.parametrize("mutants", [CLOUD, *((mutant,) for mutant in CLOUD_ALONE)], ids=lambda group: group[0].check)
+def test_a_cloud_that_does_not_do_what_it_says_is_rejected(
+    mutants: tuple[Mutant, ...], cloud_image: Path, tools: ToolsRoot, tmp_path: Path
+) -> None:
+    profile = load_profile("nested-cloud").model
+    path = spoil(SpoiltImage(tools, cloud_image, tmp_path), mutants)
+    # The others need the access and the instance that these make.
+    names = ("cloud-is-set-up", "cloud-launches-under-kvm", *(mutant.check for mutant in mutants))
+    promises = promises_of(profile, cloud_image.parent)
+    found = results_of(path, profile, tools, tmp_path / "out", tuple(dict.fromkeys(names)), promises=promises)
+    for mutant in mutants:
         rejected(found, mutant.check, mutant.words)
 
 

@@ -180,7 +180,9 @@ def cloud_launches_under_kvm(guest: Guest) -> str:
         raise Failed("libvirt does not run it under KVM")
     nonce = secrets.token_hex(16)
     inside(guest, f"mkdir -p /www && echo {nonce} > /www/index.html && busybox httpd -p 80 -h /www")
-    page = guest.out(f"curl -sS --max-time 30 http://{address_of(guest, INSTANCE)}/", root=False)
+    fetch = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=30).read().decode())"
+    url = f"http://{address_of(guest, INSTANCE)}/"
+    page = guest.out(shlex.join(["python3", "-c", fetch, url]), root=False)
     if page.strip() != nonce:
         raise Failed(f"the page that the instance serves is {page[:80]!r}")
     query = json.dumps({"execute": "query-stats", "arguments": {"target": "vcpu"}})
