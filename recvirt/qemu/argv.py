@@ -74,13 +74,15 @@ class MachineSpec:
     ``kernel`` and ``initrd`` start a kernel without any boot loader. ``credentials`` are systemd system credentials
     (name to bytes), handed over as SMBIOS strings of type 11 (systemd.exec(5), "Credentials").
     ``interactive`` gives the serial console two sockets besides its log; ``vnc`` is a display number, or None.
-    ``spare_port`` is an empty PCI Express port, for a device that comes while the guest runs.
+    ``spare_port`` is an empty PCI Express port, for a device that comes while the guest runs; up to ``cpus_max``
+    processors may come likewise.
     """
 
     accelerator: AcceleratorName = "tcg"
     firmware: Firmware = "bios"
     memory_bytes: int = 2 * 1024**3
     cpus: int = 2
+    cpus_max: int = 0
     disks: tuple[Disk, ...] = ()
     nics: tuple[Nic, ...] = (Nic(),)
     kernel: Path | None = None
@@ -102,7 +104,8 @@ def qemu_argv(spec: MachineSpec) -> list[str]:
     """The words that start ``spec``; see the module's text for what is relative to the VM's folder."""
     words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-machine", "q35"]
     words += _accelerator_words(spec.accelerator)
-    words += ["-smp", str(spec.cpus), "-m", f"{spec.memory_bytes // 1024**2}M"]
+    words += ["-smp", f"{spec.cpus},maxcpus={max(spec.cpus, spec.cpus_max)}" if spec.cpus_max else str(spec.cpus)]
+    words += ["-m", f"{spec.memory_bytes // 1024**2}M"]
     words += _firmware_words(spec.firmware)
     words += ["-device", "virtio-rng-pci"]
     words += _display_words(spec)

@@ -161,8 +161,8 @@ class _Build:
         return parse_readelf(self.tools.run(["readelf", "-dlW", str(path)], readable=[path]).stdout)
 
     def _add_kernel(self, tree: Tree, wanted: tuple[str, ...]) -> None:
-        tree.file("boot/vmlinuz", (self.kernel_dir / "vmlinuz").read_bytes())
-        tree.file("boot/config", (self.kernel_dir / "config").read_bytes())
+        tree.file(f"boot/vmlinuz-{self.release}", (self.kernel_dir / "vmlinuz").read_bytes())
+        tree.file(f"boot/config-{self.release}", (self.kernel_dir / "config").read_bytes())
         deb, folder = self.kernel_dir / "linux-image.deb", self.work.scratch / "kernel"
         folder.mkdir()
         self.tools.run(
@@ -186,7 +186,7 @@ class _Build:
 
     def _write_disk(self, tree: Tree) -> None:
         cmdline = bootconf.command_line(self.layout, "ext4", _CMDLINE)
-        tree.file("boot/grub/grub.cfg", grub_cfg(cmdline).encode())
+        tree.file("boot/grub/grub.cfg", grub_cfg(self.release, cmdline).encode())
         archive = self.work.scratch / "root.tar"
         tree.write(archive, self.epoch)
         with self.disk.open("wb") as stream:

@@ -33,7 +33,7 @@ _COPYRIGHT = """\
 This image was built by recvirt from these parts:
 
 Linux {kernel} (GPL-2 with the syscall note), built from {source};
-its configuration is /boot/config in the image;
+its configuration lies beside it in the image's /boot;
 GRUB (GPL-3+), from the Debian packages {grub};
 and Debian packages of the suite {suite}. Each is under the licences in its
 copyright file, which the image has below /usr/share/doc:

@@ -112,9 +112,9 @@ def add_applets(tree: Tree, listed: str) -> None:
             tree.link(f"{place}/{name}", f"{'' if place == 'usr/bin' else '../bin/'}busybox")
 
 
-def grub_cfg(cmdline: str) -> str:
+def grub_cfg(release: str, cmdline: str) -> str:
     """A menu without a choice. ``cmdline`` holds nothing that GRUB would act on (``recvirt.disk.bootconf``)."""
-    return f"linux /boot/vmlinuz {cmdline}\nboot\n"
+    return f"linux /boot/vmlinuz-{release} {cmdline}\nboot\n"
 
 
 def as_os_release(values: Mapping[str, str]) -> str:

@@ -114,7 +114,7 @@ def test_applets_never_stand_before_a_program() -> None:
 
 
 def test_grub_starts_the_kernel_without_a_menu() -> None:
-    assert grub_cfg("root=PARTUUID=x ro") == "linux /boot/vmlinuz root=PARTUUID=x ro\nboot\n"
+    assert grub_cfg("6.12.9-x", "root=PARTUUID=x ro") == "linux /boot/vmlinuz-6.12.9-x root=PARTUUID=x ro\nboot\n"
 
 
 # -- programs ----------------------------------------------------------------------------------------------------------
