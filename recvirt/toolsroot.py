@@ -83,6 +83,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "python3-pycdlib",
         "python3-requests",
         "python3-uvicorn",
+        "python3-websockets",
         "python3-hypothesis",
         "python3-openapi-spec-validator",
         "python3-pytest",

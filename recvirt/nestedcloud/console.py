@@ -6,11 +6,16 @@ A WebSocket (RFC 6455) on each side of the central node: binary messages are the
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import hmac
 import secrets
 from collections.abc import Iterable
+from dataclasses import dataclass
 from hashlib import sha256
+from urllib.parse import urlsplit
+
+from recvirt.nestedcloud.model import check_uuid
 
 #: Before a session's UUID in the path of its WebSocket; a worker's has ``/worker`` behind it.
 PATH = "/api/v1/console/"
@@ -78,3 +83,33 @@ def reason(text: str) -> str:
     """A sentence as far as it fits into a closing, without what would move a terminal's cursor."""
     plain = "".join(char if char.isprintable() else "?" for char in text)
     return plain.encode()[:_REASON_BYTES_MAX].decode(errors="ignore")
+
+
+def is_safe_url(url: str) -> bool:
+    """Whether a secret may be sent there: encrypted, or no further than this machine."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    local = parts.hostname in ("127.0.0.1", "localhost", "::1")
+    return bool(parts.hostname) and (parts.scheme == "https" or (parts.scheme == "http" and local))
+
+
+@dataclass(frozen=True)
+class ConsoleCall:
+    """From the central node to a worker: bring an instance's serial console to a session. ``ticket`` opens that once.
+
+    With ``log`` it is what the console has said so far, and with ``follow`` what it says from then on. ``force`` takes
+    the console from whoever has it on the host itself.
+    """
+
+    session: str
+    instance: str
+    ticket: str = dataclasses.field(repr=False)
+    log: bool = False
+    follow: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        check_uuid(self.session)
+        check_uuid(self.instance)

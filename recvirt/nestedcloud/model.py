@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 #: Version of the messages. A worker refuses a newer one, and the central node says which workers are too old.
 PROTOCOL = 1
@@ -124,16 +123,6 @@ def check_uuid(text: str) -> str:
     except ValueError:
         pass
     raise ModelError(f"{text!r} is no UUID in lower case")
-
-
-def is_safe_url(url: str) -> bool:
-    """Whether a secret may be sent there: encrypted, or no further than this machine."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return False
-    local = parts.hostname in ("127.0.0.1", "localhost", "::1")
-    return bool(parts.hostname) and (parts.scheme == "https" or (parts.scheme == "http" and local))
 
 
 @dataclass(frozen=True)
@@ -294,26 +283,6 @@ class Command:
         check_uuid(self.operation)
         if self.protocol > PROTOCOL:
             raise ModelError(f"protocol {self.protocol} is newer than this worker's {PROTOCOL}")
-
-
-@dataclass(frozen=True)
-class ConsoleCall:
-    """From the central node to a worker: bring an instance's serial console to a session. ``ticket`` opens that once.
-
-    With ``log`` it is what the console has said so far, and with ``follow`` what it says from then on. ``force`` takes
-    the console from whoever has it on the host itself.
-    """
-
-    session: str
-    instance: str
-    ticket: str = dataclasses.field(repr=False)
-    log: bool = False
-    follow: bool = False
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        check_uuid(self.session)
-        check_uuid(self.instance)
 
 
 @dataclass(frozen=True)

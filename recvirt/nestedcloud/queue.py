@@ -14,7 +14,8 @@ from celery import Celery
 from celery.worker.consumer import Consumer as CeleryConsumer
 from kombu.entity import Queue
 
-from recvirt.nestedcloud.model import Command, ConsoleCall, Heartbeat, Report, check_uuid, encode
+from recvirt.nestedcloud.console import ConsoleCall
+from recvirt.nestedcloud.model import Command, Heartbeat, Report, check_uuid, encode
 
 EXECUTE = "recvirt.execute"
 REPORT = "recvirt.report"

@@ -27,8 +27,8 @@ from recvirt.nestedcloud.central.models import (
     Role,
     Worker,
 )
-from recvirt.nestedcloud.console import MESSAGE_BYTES_MAX, Close
-from recvirt.nestedcloud.model import GIB, MIB, ConsoleCall
+from recvirt.nestedcloud.console import MESSAGE_BYTES_MAX, Close, ConsoleCall
+from recvirt.nestedcloud.model import GIB, MIB
 from tests.cloud.conftest import make_user, make_worker
 from tests.cloud.test_stream import Server, server
 

@@ -15,8 +15,8 @@ import pytest
 from websockets.asyncio.server import ServerConnection, serve
 
 from recvirt.nestedcloud import console
-from recvirt.nestedcloud.console import MESSAGE_BYTES_MAX, Close
-from recvirt.nestedcloud.model import ConsoleCall, Fault, ModelError, Power, decode, encode, is_safe_url
+from recvirt.nestedcloud.console import MESSAGE_BYTES_MAX, Close, ConsoleCall, is_safe_url
+from recvirt.nestedcloud.model import Fault, ModelError, Power, decode, encode
 from recvirt.nestedcloud.queue import console_queue
 from recvirt.nestedcloud.worker import console_log, consoles, service
 from recvirt.nestedcloud.worker.console_stream import open_console

@@ -17,8 +17,7 @@ from uuid import UUID, uuid4
 from recvirt.nestedcloud import console
 from recvirt.nestedcloud.central.models import ApiToken, Instance
 from recvirt.nestedcloud.central.problems import Refused
-from recvirt.nestedcloud.console import Close
-from recvirt.nestedcloud.model import ConsoleCall
+from recvirt.nestedcloud.console import Close, ConsoleCall
 
 #: A ticket that nobody used by then is worth nothing.
 TICKET_SECONDS = 60.0

@@ -13,7 +13,7 @@ import click
 from recvirt.nestedcloud.client.api import Access, Api, ApiError, access_path, save_access
 from recvirt.nestedcloud.client.commands import api, json_option
 from recvirt.nestedcloud.client.output import fields, human_bytes
-from recvirt.nestedcloud.model import is_safe_url
+from recvirt.nestedcloud.console import is_safe_url
 
 _FOLLOW_PAUSE_SECONDS = 2.0
 

@@ -20,8 +20,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from recvirt.nestedcloud import console
-from recvirt.nestedcloud.console import MESSAGE_BYTES_MAX, PING_SECONDS, Close
-from recvirt.nestedcloud.model import ConsoleCall, Fault, ModelError, decode
+from recvirt.nestedcloud.console import MESSAGE_BYTES_MAX, PING_SECONDS, Close, ConsoleCall
+from recvirt.nestedcloud.model import Fault, ModelError, decode
 from recvirt.nestedcloud.queue import CONSOLE, console_queue, make_app
 from recvirt.nestedcloud.worker.console_log import read_log
 from recvirt.nestedcloud.worker.console_stream import ConsoleStream, ensure_event_loop, open_console

@@ -16,7 +16,8 @@ from celery import Celery
 from celery.signals import worker_ready, worker_shutting_down
 
 from recvirt.nestedcloud import spool
-from recvirt.nestedcloud.model import Command, ModelError, check_name, check_uuid, decode, is_safe_url
+from recvirt.nestedcloud.console import is_safe_url
+from recvirt.nestedcloud.model import Command, ModelError, check_name, check_uuid, decode
 from recvirt.nestedcloud.queue import EXECUTE, Sender, make_app, worker_queue
 from recvirt.nestedcloud.worker.agent import Agent, BusyError
 from recvirt.nestedcloud.worker.host import Host
