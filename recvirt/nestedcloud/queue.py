@@ -21,8 +21,8 @@ HEARTBEAT = "recvirt.heartbeat"
 CENTRAL_QUEUE = "central"
 #: A message that nobody could keep is put aside after so many deliveries (RabbitMQ's x-delivery-limit).
 _DELIVERIES_MAX = 20
-#: A command that nobody took is dropped after so long: its lease is over by then, and another one is under way. A worker
-#: that was cut off for hours finds the last one, not all.
+#: A command that nobody took is dropped after so long: its lease is over by then, and another one is under way. A
+#: worker that was cut off for hours finds the last one, not all.
 COMMAND_SECONDS = 900
 #: A broker that does not confirm a message in this time is taken for gone.
 _CONFIRM_SECONDS = 30

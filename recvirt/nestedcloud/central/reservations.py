@@ -47,9 +47,8 @@ def reserve(
     with transaction.atomic():
         Project.objects.select_for_update().get(pk=project.pk)
         if (before := project.reservations.filter(pk=row_uuid).first()) is not None:
-            if (before.begins, before.ends, before.vcpus, before.memory_bytes, before.disk_bytes) != (
-                begins, ends, need.vcpus, need.memory_bytes, need.disk_bytes,
-            ):  # fmt: skip
+            same = (before.begins, before.ends, before.vcpus, before.memory_bytes, before.disk_bytes)
+            if same != (begins, ends, need.vcpus, need.memory_bytes, need.disk_bytes):
                 raise KeyReused("this idempotency key stands for another request")
             return before
         if current(project.reservations.all(), now).count() >= COUNT_MAX:
@@ -70,7 +69,8 @@ def reserve(
                 f"{refusal.detail}; {told}", **refusal.extra | {"next_free": slot.isoformat() if slot else None}
             ) from None
         row = Reservation.objects.create(
-            uuid=row_uuid or uuid.uuid4(), project=project, user=user, worker=worker, schedule=schedule, begins=begins, ends=ends,
+            uuid=row_uuid or uuid.uuid4(), project=project, user=user, worker=worker, schedule=schedule,
+            begins=begins, ends=ends,
             instances=need.instances, vcpus=need.vcpus, memory_bytes=need.memory_bytes, disk_bytes=need.disk_bytes,
         )  # fmt: skip
         audit.note(user, "reservation.made", row.uuid, project, begins=begins.isoformat(), vcpus=need.vcpus,

@@ -62,8 +62,8 @@ class ProjectScoped(viewsets.GenericViewSet[Any]):
         self, request: Request, kind: Kind, args: Mapping[str, Any], find: Callable[[], Any],
         ask: Callable[..., Operation],
     ) -> Response:  # fmt: skip
-        """202 with the operation that ``ask`` makes of what ``find`` finds. Asked again in the same words after its end,
-        the thing may be gone: the answer is the same.
+        """202 with the operation that ``ask`` makes of what ``find`` finds. When it is asked for again in the same
+        words after its end, the thing may be gone: the answer is the same.
         """
         key = self.key(request)
         try:

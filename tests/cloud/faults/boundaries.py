@@ -5,8 +5,8 @@
 
 An operation is run once undisturbed and every call that lasts is written down. Then it is run once for each of them,
 with the process killed right after it (or before the first one); what it had in hand is delivered again, or lost until
-its lease has run out. Then nothing is helped along any more, and the cloud must be what it is after the undisturbed run:
-rows, promises, domains, files. Then every message that ever was comes once more; then all is deleted; then every
+its lease has run out. Then nothing is helped along any more, and the cloud must be what it is after the undisturbed
+run: rows, promises, domains, files. Then every message that ever was comes once more; then all is deleted; then every
 message comes again, backwards, and nothing may be there.
 """
 
@@ -16,14 +16,13 @@ import argparse
 import fnmatch
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.cloud.faults.bench import Bench, Request, StepError
-from tests.cloud.faults.libvirtd import Libvirtd, why_not
+from tests.cloud.faults.libvirtd import Libvirtd, scratch, why_not
 from tests.cloud.faults.scenarios import SCENARIOS, Scenario, make_state
 
 #: Who is stepped, in order. The client's requests come before.
@@ -177,7 +176,7 @@ def main() -> None:
     if reason := why_not():
         sys.exit(reason)
     first, _, last = options.part.partition("/")
-    folder = Path(tempfile.mkdtemp(prefix="recvirt-boundaries-"))
+    folder = scratch("recvirt-boundaries-")
     try:
         count, bad = run(folder, options.only, (int(first), int(last)), listing=options.list)
     finally:

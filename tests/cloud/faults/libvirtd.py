@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -41,6 +42,12 @@ def why_not() -> str:
     return f"wants {', '.join(absent)}" if absent else ""
 
 
+def scratch(prefix: str) -> Path:
+    """A folder of a test's own, in memory where that can be: what is tested syncs a lot."""
+    memory = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=memory if os.access(memory, os.W_OK) else None))
+
+
 class Libvirtd:
     """Start, kill and start again."""
 
@@ -66,13 +73,14 @@ class Libvirtd:
         return f"qemu+unix:///system?socket={self.folder}/libvirt-sock"
 
     def start(self, *, hold: bool = True) -> None:
-        """Start it and wait until it answers. ``hold``: keep what the test driver has while nobody else is connected."""
+        """Start it and wait. ``hold``: what the test driver has is kept while nobody else is connected."""
         # Another process's mounts are not touched: they end with the namespace.
         with (self.folder / "log").open("ab") as log:
+            words = [*_WITH_US, "unshare", "--mount", "sh", "-c", _PRELUDE, "sh", *_FOLDERS]
+            environment = {**os.environ, "FOLDER": str(self.folder), "LOGS": "1" * self._logs}
             self._process = subprocess.Popen(
-                [*_WITH_US, "unshare", "--mount", "sh", "-c", _PRELUDE, "sh", *_FOLDERS], stdin=subprocess.DEVNULL, stdout=log,
-                stderr=log, env={**os.environ, "FOLDER": str(self.folder), "LOGS": "1" * self._logs},
-            )  # fmt: skip
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+            )
         deadline = time.monotonic() + _START_SECONDS
         while True:
             try:

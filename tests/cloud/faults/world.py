@@ -79,10 +79,9 @@ def files(folders: list[Path], known: dict[str, str]) -> dict[str, int]:
     for folder in folders:
         for path in sorted(folder.rglob("*")):
             if path.is_file() and _GRAVES not in path.parts and path.name != "identity":
-                # A volume's file of facts holds an operation's UUID; of a snapshot the name is derived from UUIDs.
-                stem = _put_names(path.name, known)
-                stem = f"{stem.split('.raw')[0][: len(stem) - 40]}-SNAPSHOT" if _is_snapshot(path) else stem
-                found[f"{folder.name}/{stem}"] = path.stat().st_size
+                # A snapshot's second half is derived from UUIDs.
+                name = f"{path.name[:36]}-SNAPSHOT" if _is_snapshot(path) else path.name
+                found[f"{folder.name}/{_put_names(name, known)}"] = path.stat().st_size
     return found
 
 
