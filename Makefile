@@ -9,15 +9,17 @@ RECVIRT = $(VENV)/bin/recvirt
 PYTHON = $(VENV)/bin/python
 BUILD_FLAGS =
 TEST_FLAGS =
+SOAK_FLAGS = --minutes 30
 
-.PHONY: help host dev image check lint types unit acceptance test bench clean stage-tests cloud-debian \
+.PHONY: help host dev image check lint types unit acceptance test bench clean stage-tests \
+	cloud-debian cloud-soak cloud-boundaries \
 	acceptance-deep acceptance-kernels acceptance-vmx acceptance-matrix acceptance-mutations \
 	image-minimal image-debian-kernel image-kernel-7 image-bookworm image-debug image-bench \
 	acceptance-minimal acceptance-debian-kernel acceptance-kernel-7 acceptance-bookworm
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "longer ones: stage-tests cloud-debian bench acceptance-deep acceptance-kernels acceptance-vmx acceptance-matrix acceptance-mutations"
+	@echo "longer ones: stage-tests cloud-debian cloud-soak cloud-boundaries bench acceptance-deep acceptance-kernels acceptance-vmx acceptance-matrix acceptance-mutations"
 	@echo "             image-PROFILE and acceptance-PROFILE for minimal debian-kernel kernel-7 bookworm"
 
 host:
@@ -52,6 +54,12 @@ stage-tests: dev
 
 cloud-debian: dev
 	$(PYTHON) -m pytest -v tests/stages/test_cloud_debian.py
+
+cloud-soak: dev
+	$(PYTHON) -m tests.cloud.soak $(SOAK_FLAGS)
+
+cloud-boundaries: dev
+	$(PYTHON) -m tests.cloud.faults.boundaries
 
 acceptance-deep: host
 	$(RECVIRT) test --deep $(TEST_FLAGS) $(PROFILE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -31,6 +32,19 @@ def _run(*words: str | Path) -> None:
         raise RuntimeError(f"{words[0]}: {done.stdout}{done.stderr}")
 
 
+def start(folder: Path) -> None:
+    """Start a cluster that lies in ``folder``."""
+    binaries = programs()
+    assert binaries is not None
+    options = f"-c listen_addresses= -c unix_socket_directories={folder} -c fsync=off -c max_connections=50"
+    _run(binaries / "pg_ctl", "-D", folder / "data", "-w", "-l", folder / "log", "-o", options, "start")
+
+
+def kill(folder: Path) -> None:
+    """As kill -9 of its first process does: the others see it and end."""
+    os.kill(int((folder / "data/postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+
+
 @contextmanager
 def cluster() -> Iterator[dict[str, str]]:
     """The environment (PGHOST, PGUSER) with which a running cluster is found. RuntimeError when it does not start."""
@@ -43,8 +57,7 @@ def cluster() -> Iterator[dict[str, str]]:
             shutil.chown(folder, "postgres", "postgres")
         data = folder / "data"
         _run(binaries / "initdb", "-D", data, "--username=cloud", "--auth=trust", "--encoding=UTF8", "--no-sync")
-        options = f"-c listen_addresses= -c unix_socket_directories={folder} -c fsync=off -c max_connections=50"
-        _run(binaries / "pg_ctl", "-D", data, "-w", "-l", folder / "log", "-o", options, "start")
+        start(folder)
         try:
             yield {"PGHOST": str(folder), "PGUSER": "cloud"}
         finally:

@@ -16,32 +16,33 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from recvirt.nestedcloud import dev
+from recvirt.nestedcloud.client import api as client
 from recvirt.nestedcloud.client.api import Api, ApiError, load_access
 from recvirt.nestedcloud.model import MIB
 from tests.cloud.faults import world
 from tests.cloud.faults.libvirtd import Libvirtd, scratch, why_not
 
 #: What a round asks for, and how many rounds a seed makes (the first one is Hypothesis's smallest).
-STEPS, ROUNDS = 40, 3
+STEPS, ROUNDS = 60, 3
 _PARTS = ("api", "dispatcher", "consumer", "worker")
 #: An operation may be interrupted several times, and then wait for its lease.
 _WAIT_SECONDS = 300.0
-_NAMES = ("a", "b", "c")
+_NAMES = ("a", "b", "c", "d")
 _SIZE = {"vcpus": 1, "vcpus_max": 2, "memory_bytes": 64 * MIB, "memory_max_bytes": 128 * MIB, "disk_bytes": 2 * MIB}
 _STATES = {"on": 1, "suspended": 3, "off": 5}
 
@@ -68,6 +69,23 @@ class Tally:
         )
 
 
+class LoudApi(Api):
+    """Tells at once what it could not do: Hypothesis tries a rule that failed again, and tells of the second time."""
+
+    def __init__(self, access: client.Access, tell: Callable[[str], None]) -> None:
+        super().__init__(access)
+        self._tell = tell
+
+    def call(self, method: str, path: str, body: Any = None, **more: Any) -> Any:
+        """See :class:`Api`."""
+        try:
+            return super().call(method, path, body, **more)
+        except ApiError as error:
+            if error.kind != "operation-active":
+                self._tell(f"{method} {path}: {error.kind}: {error.message}")
+            raise
+
+
 class Stage:
     """The running cloud, and what hits it."""
 
@@ -92,23 +110,37 @@ class Stage:
         for name in ("images", "blocks", "spool"):
             (self.place.folder / name).mkdir(exist_ok=True)
         os.environ["RECVIRT_CLOUD_CLIENT"] = str(self.place.access)
-        self.api = Api(load_access())
+        # The API takes its time to come back on a machine that is busy.
+        client._TRIES = 8
+        self.api = LoudApi(load_access(), self.violation)
         self.cloud = dev.Cloud(self.place)
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
         self.cloud.start_all()
         self.tally = Tally()
 
     def close(self) -> None:
         """End everything."""
+        if self._timer is not None:
+            self._timer.join()
         self.cloud.stop()
         self.libvirtd.kill()
 
     def hit(self, parts: tuple[str, ...]) -> None:
         """Kill processes; what ended is started again, as systemd would."""
-        for part in parts:
-            os.kill(self.cloud.processes[part].pid, signal.SIGKILL)
-            self.cloud.processes[part].wait()
-        self.tally.kills["+".join(parts)] += 1
-        self.cloud.watch()
+        with self._lock:
+            for part in parts:
+                os.kill(self.cloud.processes[part].pid, signal.SIGKILL)
+                self.cloud.processes[part].wait()
+            self.tally.kills["+".join(parts)] += 1
+            self.cloud.watch()
+
+    def hit_soon(self, part: str, seconds: float) -> None:
+        """While something else is asked for."""
+        if self._timer is not None:
+            self._timer.join()
+        self._timer = threading.Timer(seconds, self.hit, [(part,)])
+        self._timer.start()
 
     def freeze(self, part: str, seconds: float) -> None:
         """A process that is not heard of for a while, and goes on then."""
@@ -122,7 +154,8 @@ class Stage:
         """Wait for something; it is a violation when it does not come."""
         deadline = time.monotonic() + _WAIT_SECONDS
         while not done():
-            self.cloud.watch()
+            with self._lock:
+                self.cloud.watch()
             if time.monotonic() > deadline:
                 self.violation(f"{what}: not after {_WAIT_SECONDS:.0f} s")
                 return False
@@ -133,9 +166,6 @@ class Stage:
         """Something is not as it must be."""
         self.tally.violations.append(text)
         print(f"violated: {text}", flush=True)
-
-
-stage: Stage
 
 
 @dataclass
@@ -151,6 +181,8 @@ class Thing:
 class Soak(RuleBasedStateMachine):
     """The model."""
 
+    stage: ClassVar[Stage]
+
     def __init__(self) -> None:
         super().__init__()
         self.instances: dict[str, Thing] = {}
@@ -159,21 +191,21 @@ class Soak(RuleBasedStateMachine):
         self.wait_for_worker()
         self._upload()
 
-    @staticmethod
-    def wait_for_worker() -> None:
-        stage.until("the worker is up", lambda: any(row["up"] for row in _rows("workers", below=False)))
+    def wait_for_worker(self) -> None:
+        workers = partial(_rows, self.stage, "workers", below=False)
+        self.stage.until("the worker is up", lambda: any(row["up"] for row in workers()))
 
     def _upload(self) -> None:
         body = {"name": "base", "format": "raw", "upload_bytes": MIB}
-        stage.api.call("POST", stage.api.below("images"), body)
-        stage.api.call("PUT", stage.api.below("images/base/content"), data=bytes(MIB), offset=0)
+        self.stage.api.call("POST", self.stage.api.below("images"), body)
+        self.stage.api.call("PUT", self.stage.api.below("images/base/content"), data=bytes(MIB), offset=0)
         self._wait(self._asked("image-import", "POST", "images/base/complete", {})["uuid"])
 
     # Asking and waiting.
 
     def _asked(self, kind: str, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        operation: dict[str, Any] = stage.api.call(method, stage.api.below(path), body)
-        stage.tally.operations[kind] += 1
+        operation: dict[str, Any] = self.stage.api.call(method, self.stage.api.below(path), body)
+        self.stage.tally.operations[kind] += 1
         return operation
 
     def _ask(self, thing: Thing, kind: str, method: str, path: str, body: Any, then: Callable[[], object]) -> None:
@@ -181,22 +213,22 @@ class Soak(RuleBasedStateMachine):
         try:
             operation = self._asked(kind, method, path, body)
         except ApiError as error:
-            stage.violation(f"{kind} {path} was refused: {error.message}; the model says {thing.values}")
+            self.stage.violation(f"{kind} {path} was refused: {error.message}; the model says {thing.values}")
             return
         thing.pending = operation["uuid"], then
 
     def _wait(self, operation: str) -> bool:
-        path = stage.api.below(f"operations/{operation}")
+        path = self.stage.api.below(f"operations/{operation}")
         found: dict[str, Any] = {}
 
         def ended() -> bool:
-            found.update(stage.api.call("GET", path))
+            found.update(self.stage.api.call("GET", path))
             return found["finished"] is not None
 
-        if not stage.until(f"operation {operation} ends", ended):
+        if not self.stage.until(f"operation {operation} ends", ended):
             return False
         if found["phase"] != "succeeded":
-            stage.violation(f"{found['kind']} {operation} {found['phase']}: {found['fault']} {found['message']}")
+            self.stage.violation(f"{found['kind']} {operation} {found['phase']}: {found['fault']} {found['message']}")
             return False
         return True
 
@@ -209,15 +241,19 @@ class Soak(RuleBasedStateMachine):
                     then()
 
     def _pick(self, things: dict[str, Thing], pick: int, *states: str) -> tuple[str, Thing] | None:
-        """One at rest, in one of the states."""
-        names = sorted(things)
-        if not names:
-            return None
-        name = names[pick % len(names)]
-        self._rest(things[name], *(other for other in self._related(things[name])))
-        if name not in things or (states and things[name].values["state"] not in states):
-            return None
-        return name, things[name]
+        """One at rest, in one of the states; what is at rest already goes first."""
+        for waited in (False, True):
+            if waited:
+                self._rest(*self.instances.values(), *self.volumes.values())
+            found = [
+                name for name, thing in sorted(things.items())
+                if thing.pending is None and (not states or thing.values["state"] in states)
+            ]  # fmt: skip
+            if found:
+                name = found[pick % len(found)]
+                self._rest(*self._related(things[name]))
+                return (name, things[name]) if name in things else None
+        return None
 
     def _related(self, thing: Thing) -> list[Thing]:
         """What is held when something is done to it: an instance and its volumes."""
@@ -230,7 +266,7 @@ class Soak(RuleBasedStateMachine):
         found = self._pick(self.instances, pick, *states)
         if found is not None:
             name, thing = found
-            then = (lambda: thing.values.update(state=after)) if after else (lambda: None)
+            then = partial(thing.values.update, {"state": after} if after else {})
             self._ask(thing, kind, "POST", f"instances/{name}/{kind}", body or {}, then)
 
     # What people ask for.
@@ -243,7 +279,7 @@ class Soak(RuleBasedStateMachine):
         body: dict[str, Any] = {"name": free[0], "image": "base", **_SIZE}
         if reserved:
             room = {"begins": "2026-01-01T00:00:00Z", "vcpus": 2, "memory_bytes": 128 * MIB, "disk_bytes": 2 * MIB}
-            body["reservation"] = stage.api.call("POST", stage.api.below("reservations"), room)["uuid"]
+            body["reservation"] = self.stage.api.call("POST", self.stage.api.below("reservations"), room)["uuid"]
         thing = Thing({"state": "new", "vcpus": 1, "vcpus_max": 2, "disk_bytes": 2 * MIB, "snapshots": {}})
         self.instances[free[0]] = thing
         self._ask(thing, "launch", "POST", "instances", body, lambda: thing.values.update(state="on"))
@@ -425,17 +461,17 @@ class Soak(RuleBasedStateMachine):
         label = f"stop-{self.number}"
         body = {"name": label, "kind": "stop", "instance": name, "args": {"graceful_seconds": 0},
                 "begins": (datetime.now(UTC) + timedelta(seconds=2)).isoformat(), "grace_seconds": 3600}  # fmt: skip
-        stage.api.call("POST", stage.api.below("schedules"), body)
+        self.stage.api.call("POST", self.stage.api.below("schedules"), body)
         time.sleep(1.5)
-        stage.hit((part,))
+        self.stage.hit((part,))
         path = f"schedules/{label}/firings"
-        if not stage.until(f"the schedule {label} fires", lambda: bool(_rows(path))):
+        if not self.stage.until(f"the schedule {label} fires", lambda: bool(_rows(self.stage, path))):
             return
-        firings = _rows(path)
+        firings = _rows(self.stage, path)
         if [item["outcome"] for item in firings] != ["asked"]:
-            stage.violation(f"the schedule {label} fired so: {firings}")
+            self.stage.violation(f"the schedule {label} fired so: {firings}")
             return
-        stage.tally.operations["scheduled stop"] += 1
+        self.stage.tally.operations["scheduled stop"] += 1
         thing.pending = firings[0]["operation"], lambda: thing.values.update(state="off")
         self._rest(thing)
 
@@ -452,8 +488,8 @@ class Soak(RuleBasedStateMachine):
             operation = self._asked("reboot", "POST", f"instances/{name}/reboot", {})
         except ApiError as error:
             if error.kind == "operation-active" and error.data.get("operation") != thing.pending[0]:
-                stage.violation(f"{name} is said to be busy with {error.data}, not with {thing.pending[0]}")
-            stage.tally.refusals[error.kind] += 1
+                self.stage.violation(f"{name} is said to be busy with {error.data}, not with {thing.pending[0]}")
+            self.stage.tally.refusals[error.kind] += 1
         else:
             self._rest(thing)
             self._wait(operation["uuid"])
@@ -463,31 +499,37 @@ class Soak(RuleBasedStateMachine):
     @rule(parts=st.sets(st.sampled_from(_PARTS), min_size=1), delay=st.floats(0, 1.5))
     def kill(self, parts: set[str], delay: float) -> None:
         time.sleep(delay)
-        stage.hit(tuple(sorted(parts)))
+        self.stage.hit(tuple(sorted(parts)))
+
+    @rule(part=st.sampled_from(_PARTS), delay=st.floats(0, 0.5))
+    def kill_soon(self, part: str, delay: float) -> None:
+        """While the next request is being made: its answer may be lost."""
+        self.stage.hit_soon(part, delay)
 
     @rule(part=st.sampled_from(_PARTS), delay=st.floats(0, 0.3), again=st.booleans())
     def kill_at_once(self, part: str, delay: float, again: bool) -> None:
         """While the last request is being carried out."""
         time.sleep(delay)
         for _ in range(1 + again):
-            stage.hit((part,))
+            self.stage.hit((part,))
 
-    @precondition(lambda self: any(thing.pending is not None for thing in self.instances.values()))
     @rule(seconds=st.floats(1, 9))
     def cut_off(self, seconds: float) -> None:
         """A worker that is not heard of for longer than a lease, and then goes on."""
-        stage.freeze("worker", seconds)
+        if all(thing.pending is None for thing in self.instances.values()):
+            return
+        self.stage.freeze("worker", seconds)
 
     # At the end of a round.
 
     def teardown(self) -> None:
         self._rest(*self.instances.values(), *self.volumes.values())
-        stage.tally.rounds += 1
+        self.stage.tally.rounds += 1
         for text in self._faults():
-            stage.violation(text)
+            self.stage.violation(text)
         self._clear()
-        for text in _left():
-            stage.violation(f"after all was deleted: {text}")
+        for text in _left(self.stage):
+            self.stage.violation(f"after all was deleted: {text}")
 
     def _faults(self) -> list[str]:
         found = list(world.loose_ends())
@@ -501,18 +543,18 @@ class Soak(RuleBasedStateMachine):
                 found.append(f"{kind} that the model does not know: {surplus}")
         if rows["reservations"]:
             found.append(f"{rows['reservations']} reservations are left")
-        return found + _surplus()
+        return found + _surplus(self.stage)
 
     def _clear(self) -> None:
         for kind in ("instances", "volumes", "images"):
-            for row in _rows(kind):
+            for row in _rows(self.stage, kind):
                 if not row.get("public"):
                     self._wait(self._asked("delete", "DELETE", f"{kind}/{row['name']}")["uuid"])
-        for row in _rows("schedules"):
-            stage.api.call("DELETE", stage.api.below(f"schedules/{row['name']}"))
+        for row in _rows(self.stage, "schedules"):
+            self.stage.api.call("DELETE", self.stage.api.below(f"schedules/{row['name']}"))
 
 
-def _rows(path: str, *, below: bool = True) -> list[dict[str, Any]]:
+def _rows(stage: Stage, path: str, *, below: bool = True) -> list[dict[str, Any]]:
     return list(stage.api.pages(stage.api.below(path) if below else path))
 
 
@@ -540,7 +582,7 @@ def _compare_volume(name: str, wanted: dict[str, Any], row: list[Any] | None) ->
     return texts
 
 
-def _there() -> tuple[dict[str, Any], dict[str, int]]:
+def _there(stage: Stage) -> tuple[dict[str, Any], dict[str, int]]:
     import libvirt
 
     known = {str(key): str(key) for key in world.names()}
@@ -552,11 +594,11 @@ def _there() -> tuple[dict[str, Any], dict[str, int]]:
         connection.close()
 
 
-def _surplus() -> list[str]:
+def _surplus(stage: Stage) -> list[str]:
     """Domains and files against rows: what is missing, what nobody knows."""
     from recvirt.nestedcloud.central.models import Image, Instance, Volume
 
-    domains, files = _there()
+    domains, files = _there(stage)
     expected: Counter[str] = Counter()
     wanted: dict[str, list[Any]] = {}
     for row in Instance.objects.exclude(state="deleted"):
@@ -574,8 +616,8 @@ def _surplus() -> list[str]:
     return found + ([] if seen == wanted else [f"the domains are {seen}, the rows say {wanted}"])
 
 
-def _left() -> list[str]:
-    domains, files = _there()
+def _left(stage: Stage) -> list[str]:
+    domains, files = _there(stage)
     rows = world.rows()
     ends = world.loose_ends()
     left = [rows["instances"], rows["volumes"], rows["images"], rows["reservations"], domains, files, ends]
@@ -584,9 +626,8 @@ def _left() -> list[str]:
 
 def soak(minutes: float, first_seed: int, folder: Path, port: int = 8791) -> Tally:
     """Round after round until the time is up."""
-    global stage  # noqa: PLW0603 - Hypothesis makes the machine without arguments
     os.environ["DJANGO_ALLOW_ASYNC_UNSAFE"] = "1"
-    stage = Stage(folder, port)
+    stage = Soak.stage = Stage(folder, port)
     deadline = time.monotonic() + minutes * 60
     bounds = settings(
         max_examples=ROUNDS, stateful_step_count=STEPS, deadline=None, database=None, phases=[Phase.generate],
@@ -598,9 +639,9 @@ def soak(minutes: float, first_seed: int, folder: Path, port: int = 8791) -> Tal
             print(f"seed {number}", flush=True)
             try:
                 run_state_machine_as_test(seed(number)(Soak), settings=bounds)
-            except Exception:
-                # Of what the API answered, for one. Hypothesis tries again, and says that it came out differently.
-                stage.violation(f"seed {number}: {traceback.format_exc()}")
+            except Exception as error:
+                if not stage.tally.violations:
+                    stage.violation(f"seed {number}: {type(error).__name__}: {error}")
             number += 1
         return stage.tally
     finally:

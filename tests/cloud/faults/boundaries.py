@@ -4,10 +4,10 @@
     python -m tests.cloud.faults.boundaries [--only launch] [--part 1/4]
 
 An operation is run once undisturbed and every call that lasts is written down. Then it is run once for each of them,
-with the process killed right after it (or before the first one); what it had in hand is delivered again, or lost
-until its lease has run out. Then nothing is helped along any more, and the cloud must be what it is after the
-undisturbed run: rows, promises, domains, files. Then every message that ever was comes once more; then all is
-deleted; then every message comes again, backwards, and nothing may be there.
+with the process killed right after it (or before the first one); what it had in hand is delivered again, or lost until
+its lease has run out. Then nothing is helped along any more, and the cloud must be what it is after the undisturbed
+run: rows, promises, domains, files. Then every message that ever was comes once more; then all is deleted; then every
+message comes again, backwards, and nothing may be there.
 """
 
 from __future__ import annotations

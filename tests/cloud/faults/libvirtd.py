@@ -73,13 +73,12 @@ class Libvirtd:
         return f"qemu+unix:///system?socket={self.folder}/libvirt-sock"
 
     def start(self, *, hold: bool = True) -> None:
-        """Start it and wait until it answers. ``hold``: keep what the test driver has while nobody is connected."""
+        """Start it and wait. ``hold``: what the test driver has is kept while nobody else is connected."""
         # Another process's mounts are not touched: they end with the namespace.
         with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [*_WITH_US, "unshare", "--mount", "sh", "-c", _PRELUDE, "sh", *_FOLDERS], stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, env={**os.environ, "FOLDER": str(self.folder), "LOGS": "1" * self._logs},
-            )  # fmt: skip
+            words = [*_WITH_US, "unshare", "--mount", "sh", "-c", _PRELUDE, "sh", *_FOLDERS]
+            environment = {**os.environ, "FOLDER": str(self.folder), "LOGS": "1" * self._logs}
+            self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         deadline = time.monotonic() + _START_SECONDS
         while True:
             try:
