@@ -28,6 +28,7 @@ from recvirt.nestedcloud.model import (
 )
 from recvirt.nestedcloud.worker.actions import ACTIONS
 from recvirt.nestedcloud.worker.agent import Agent, BusyError
+from recvirt.nestedcloud.worker.errors import ActionError
 from recvirt.nestedcloud.worker.host import Host
 from recvirt.nestedcloud.worker.hypervisor import Hypervisor
 from recvirt.nestedcloud.worker.storage import SparseStorage
@@ -264,3 +265,22 @@ def test_a_libvirt_that_is_away_is_told(tmp_path: Path) -> None:
     reports: list[Report] = []
     last = agent.execute(Command(str(uuid.uuid4()), 1, Kind.STOP, 1, instance()), reports.append)
     assert (last.phase, last.fault) == (Phase.FAILED, Fault.HYPERVISOR) and "libvirt at test:///absent" in last.message
+
+
+def _stale(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """The next answers to whether a network runs are from before somebody else started it."""
+    real, left = libvirt.virNetwork.isActive, [0] * times
+    monkeypatch.setattr(libvirt.virNetwork, "isActive", lambda self: left.pop() if left else real(self))
+
+
+def test_a_network_that_another_process_starts_meanwhile_is_taken(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hypervisor = Hypervisor("test", bench.host, shared=bench.connection)
+    spec = NetworkSpec(str(uuid.uuid4()), "lan", "nat", "172.30.9.0/24")
+    hypervisor.ensure_network(spec)
+    _stale(monkeypatch, 1)
+    hypervisor.ensure_network(spec)
+    _stale(monkeypatch, 2)
+    with pytest.raises(ActionError, match="already"):
+        hypervisor.ensure_network(spec)

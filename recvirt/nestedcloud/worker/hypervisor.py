@@ -344,7 +344,12 @@ class Hypervisor:
                 raise fault_of(error) from None
             network = self._call(self.connection.networkDefineXML, network_xml(spec))
         if not network.isActive():
-            self._call(network.create)
+            try:
+                network.create()
+            except libvirt.libvirtError as error:
+                # The first two instances of a network may come at once, each to a process of its own.
+                if not network.isActive():
+                    raise fault_of(error) from None
         self._call(network.setAutostart, 1)
 
     def remove_network(self, uuid: str) -> None:
