@@ -1,9 +1,9 @@
 """What a person, the central node and a worker say to each other on a serial console. Standard library only.
 
 A WebSocket (RFC 6455) on each side of the central node: binary messages are the console's bytes. The worker has two
-words, as text: ``READY``, from now on they are the guest's; and ``TAKEN``, the guest has taken one message more. At most
-``WINDOW`` are on the way to it: behind more of them pings would wait, and the connection be taken for dead. Why it ended
-is the code and the sentence of the closing.
+words, as text: ``READY``, from now on they are the guest's; and ``TAKEN``, the guest has taken one message more.
+``WINDOW`` are on the way to it at most: behind more of them pings would wait, and the connection be taken for dead. Why
+it ended is the code and the sentence of the closing.
 """
 
 from __future__ import annotations
