@@ -93,12 +93,13 @@ def private_libvirtd(folder: Path) -> Iterator[str]:
         "mkdir /var/log/libvirt/qemu; "
         # libvirtd asks QEMU about KVM too, and where nested KVM hangs, that takes minutes.
         "[ ! -e /dev/kvm ] || mount --bind /dev/null /dev/kvm; "
-        f"virtlogd --pid-file {folder}/virtlogd.pid & exec libvirtd --config {config} --pid-file {folder}/libvirtd.pid"
+        f"virtlogd --pid-file {folder}/virtlogd.pid & "
+        f"libvirtd --config {config} --pid-file {folder}/libvirtd.pid & wait"
     )
-    process = subprocess.Popen(
-        ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "sh", "-c", script], start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=(folder / "libvirtd.log").open("w"),
-    )  # fmt: skip
+    # A space of processes of its own: with this one, whatever ends it, everything ends that libvirtd has started.
+    words = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script]
+    with (folder / "libvirtd.log").open("w") as log:
+        process = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *words], stdout=log, stderr=log)
     uri = f"qemu+unix:///system?socket={sock}/libvirt-sock"
     try:
         deadline = time.monotonic() + PATIENCE
@@ -111,8 +112,20 @@ def private_libvirtd(folder: Path) -> Iterator[str]:
                 time.sleep(0.2)
         yield uri
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        process.kill()
         process.wait(60)
+
+
+def own_libvirtd() -> int:
+    """The process, below this one, of the libvirtd that a test has started."""
+    seen = [os.getpid()]
+    while seen:
+        found = seen.pop()
+        if Path(f"/proc/{found}/comm").read_text().strip() == "libvirtd":
+            return found
+        for path in Path(f"/proc/{found}/task").glob("*/children"):
+            seen += map(int, path.read_text().split())
+    raise AssertionError("there is none")
 
 
 class Bench:
@@ -330,7 +343,7 @@ def test_the_console_process_may_be_killed_and_comes_back(bench: Bench) -> None:
 def test_a_libvirtd_that_dies_is_told(bench: Bench) -> None:
     terminal = Terminal(bench.words("console", "web"), bench.env)
     terminal.until(b"connected to web")
-    pid = int((bench.folder / "libvirtd.pid").read_text())
+    pid = own_libvirtd()
     os.kill(pid, signal.SIGSTOP)
     try:
         # It hangs: the connection's keep-alive finds out, and the command line is told by name.
