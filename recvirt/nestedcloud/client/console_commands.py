@@ -135,6 +135,9 @@ class _Keys:
 
     def _wait_for_answers(self) -> None:
         self.ready.wait()
+        # The guest has taken all of it.
+        for _ in range(protocol.WINDOW):
+            self.window.acquire()
         self.heard = time.monotonic()
         while (rest := self.heard + self._linger - time.monotonic()) > 0:
             time.sleep(rest)
