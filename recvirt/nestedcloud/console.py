@@ -1,7 +1,9 @@
 """What a person, the central node and a worker say to each other on a serial console. Standard library only.
 
-A WebSocket (RFC 6455) on each side of the central node: binary messages are the console's bytes, and one text message,
-``READY``, says that from now on they are the guest's. Why it ended is the code and the sentence of the closing.
+A WebSocket (RFC 6455) on each side of the central node: binary messages are the console's bytes. The worker has two
+words, as text: ``READY``, from now on they are the guest's; and ``TAKEN``, the guest has taken one message more.
+``WINDOW`` are on the way to it at most: behind more of them pings would wait, and the connection be taken for dead. Why
+it ended is the code and the sentence of the closing.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ PATH = "/api/v1/console/"
 PROTOCOL = "recvirt.console.1"
 #: Before the ticket, which is offered as a subprotocol of its own: a browser can set no header, and a URL is logged.
 _TICKET = "ticket."
-READY = "ready"
+READY, TAKEN = "ready", "taken"
+WINDOW = 4
 #: What one message may hold.
 MESSAGE_BYTES_MAX = 64 * 1024
 PING_SECONDS = 20.0

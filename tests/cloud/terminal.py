@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 #: Seconds for what should happen at once; a busy machine without KVM takes long.
-PATIENCE = 180.0
+PATIENCE = 600.0
 
 
 class Terminal:

@@ -68,6 +68,7 @@ class Guest:
                 assert isinstance(data, bytes)
                 self.taken.append(data)
                 socket.send(data)
+                socket.send(console.TAKEN)
         except ConnectionClosed:
             pass
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from django.conf import settings as django_settings
 
 from recvirt.nestedcloud.central.models import Event, Instance, InstanceState
 from recvirt.nestedcloud.client.api import VARIABLE, Access, Api, ApiError, save_access
-from recvirt.nestedcloud.model import MIB, Command, DiskSpec, Kind, Phase, Report
+from recvirt.nestedcloud.model import MIB, Command, DiskSpec, InstanceSpec, Kind, Phase, Report
 from recvirt.nestedcloud.provision import toml
 from recvirt.nestedcloud.worker.agent import Agent
 from recvirt.nestedcloud.worker.host import Host
@@ -70,9 +71,13 @@ _CODE = bytes.fromhex(
 _GREETING = b"guest is there\r\n\0"
 
 
-def boot_sector() -> bytes:
+#: A guest that says something and reads nothing: greet, then halt for ever.
+_DEAF = _CODE[:0x13] + bytes.fromhex("f4 ebfd")
+
+
+def boot_sector(code: bytes) -> bytes:
     assert len(_CODE) == 0x3A
-    body = _CODE + _GREETING
+    body = code + bytes(len(_CODE) - len(code)) + _GREETING
     return body + bytes(510 - len(body)) + b"\x55\xaa"
 
 
@@ -88,12 +93,13 @@ def private_libvirtd(folder: Path) -> Iterator[str]:
         "mkdir /var/log/libvirt/qemu; "
         # libvirtd asks QEMU about KVM too, and where nested KVM hangs, that takes minutes.
         "[ ! -e /dev/kvm ] || mount --bind /dev/null /dev/kvm; "
-        f"virtlogd --pid-file {folder}/virtlogd.pid & exec libvirtd --config {config} --pid-file {folder}/libvirtd.pid"
+        f"virtlogd --pid-file {folder}/virtlogd.pid & "
+        f"libvirtd --config {config} --pid-file {folder}/libvirtd.pid & wait"
     )
-    process = subprocess.Popen(
-        ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "sh", "-c", script], start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=(folder / "libvirtd.log").open("w"),
-    )  # fmt: skip
+    # A space of processes of its own: with this one, whatever ends it, everything ends that libvirtd has started.
+    words = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script]
+    with (folder / "libvirtd.log").open("w") as log:
+        process = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *words], stdout=log, stderr=log)
     uri = f"qemu+unix:///system?socket={sock}/libvirt-sock"
     try:
         deadline = time.monotonic() + PATIENCE
@@ -106,8 +112,20 @@ def private_libvirtd(folder: Path) -> Iterator[str]:
                 time.sleep(0.2)
         yield uri
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        process.kill()
         process.wait(60)
+
+
+def own_libvirtd() -> int:
+    """The process, below this one, of the libvirtd that a test has started."""
+    seen = [os.getpid()]
+    while seen:
+        found = seen.pop()
+        if Path(f"/proc/{found}/comm").read_text().strip() == "libvirtd":
+            return found
+        for path in Path(f"/proc/{found}/task").glob("*/children"):
+            seen += map(int, path.read_text().split())
+    raise AssertionError("there is none")
 
 
 class Bench:
@@ -123,14 +141,8 @@ class Bench:
         self.agent = Agent(
             str(worker.pk), "w1", self.hypervisor, QemuStorage(self.host), folder / "run", "boot-1", {}
         )  # fmt: skip
-        base, key = str(uuid.uuid4()), str(uuid.uuid4())
-        image = self.host.image_path(base)
-        (folder / "boot").write_bytes(boot_sector())
-        run_tool(["qemu-img", "create", "-q", "-f", "qcow2", str(image), "16M"])
-        run_tool(["qemu-io", "-c", f"write -q -s {folder / 'boot'} 0 512", str(image)])
-        sizes = {"memory_bytes": 64 * MIB, "memory_max_bytes": 64 * MIB, "vcpus_max": 1}
-        self.spec = instance(uuid=key, root=DiskSpec(key, 16 * MIB, image=base), **sizes)
-        self.row = make_instance(server.project, worker, uuid=key)
+        self.worker = worker
+        self.spec = self.add("web", _CODE)
         self.config = folder / "worker.toml"
         self.config.write_text(toml({
             "uuid": str(worker.pk), "name": "w1", "cloud": self.host.owner, "broker": django_settings.CONFIG.broker,
@@ -142,13 +154,27 @@ class Bench:
         self.env = {**os.environ, VARIABLE: str(folder / "client.toml")}
         self.process: subprocess.Popen[bytes] | None = None
 
+    def add(self, name: str, code: bytes) -> InstanceSpec:
+        """An instance that boots a code."""
+        base, key = str(uuid.uuid4()), str(uuid.uuid4())
+        image = self.host.image_path(base)
+        (self.folder / "boot").write_bytes(boot_sector(code))
+        run_tool(["qemu-img", "create", "-q", "-f", "qcow2", str(image), "16M"])
+        run_tool(["qemu-io", "-c", f"write -q -s {self.folder / 'boot'} 0 512", str(image)])
+        sizes = {"memory_bytes": 64 * MIB, "memory_max_bytes": 64 * MIB, "vcpus_max": 1}
+        make_instance(self.server.project, self.worker, name, uuid=key)
+        return instance(uuid=key, name=name, root=DiskSpec(key, 16 * MIB, image=base), **sizes)
+
     def start_consoles(self) -> None:
         words = [sys.executable, "-m", "recvirt.nestedcloud", "worker", "consoles", "--config", str(self.config)]
         with (self.folder / "consoles.log").open("ab") as log:
             self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        # It answers, so no test waits for its start.
+        done = self.run("logs", "web")
+        assert done.returncode == 0, done.stderr
 
-    def do(self, kind: Kind, **args: Any) -> Report:
-        command = Command(str(uuid.uuid4()), 1, kind, 1, self.spec, args=args)
+    def do(self, kind: Kind, spec: InstanceSpec | None = None, **args: Any) -> Report:
+        command = Command(str(uuid.uuid4()), 1, kind, 1, spec or self.spec, args=args)
         last = self.agent.execute(command, lambda _report: None)
         assert last.phase is Phase.SUCCEEDED, last.message
         return last
@@ -269,6 +295,28 @@ def test_scripts_pipe_and_a_log_is_followed(bench: Bench) -> None:
         follower.wait(60)
 
 
+def test_a_guest_that_reads_nothing_is_told_of_and_holds_nobody_else_up(bench: Bench) -> None:
+    terminal = Terminal(bench.words("console", "web"), bench.env)
+    terminal.until(b"connected to web")
+    deaf = bench.add("deaf", _DEAF)
+    bench.do(Kind.LAUNCH, deaf)
+    writer = subprocess.Popen(
+        bench.words("console", "deaf"), env=bench.env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    feeder = threading.Thread(target=lambda: writer.communicate(bytes(1024 * 1024)), daemon=True)
+    feeder.start()
+    number = 0
+    while feeder.is_alive():
+        number += 1
+        terminal.type(b"still here %d." % number)
+        terminal.until(b"still here %d." % number)
+    assert writer.returncode == 3 and number > 2
+    terminal.type(b"\x1d")
+    assert terminal.end() == 0
+    assert Event.objects.filter(kind="console.closed", data__why__contains="does not read its serial").count() == 1
+
+
 def test_a_guest_that_powers_off_by_itself_closes_it(bench: Bench) -> None:
     done = bench.run("console", "web", "--linger", str(PATIENCE), text=b"bye\x04")
     assert done.returncode == 0 and b"the instance has stopped" in done.stderr, done.stderr
@@ -295,7 +343,7 @@ def test_the_console_process_may_be_killed_and_comes_back(bench: Bench) -> None:
 def test_a_libvirtd_that_dies_is_told(bench: Bench) -> None:
     terminal = Terminal(bench.words("console", "web"), bench.env)
     terminal.until(b"connected to web")
-    pid = int((bench.folder / "libvirtd.pid").read_text())
+    pid = own_libvirtd()
     os.kill(pid, signal.SIGSTOP)
     try:
         # It hangs: the connection's keep-alive finds out, and the command line is told by name.

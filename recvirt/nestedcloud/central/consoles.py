@@ -67,6 +67,8 @@ class Session:
     ends: dict[Side, Any] = field(default_factory=dict)
     both: asyncio.Event = field(default_factory=asyncio.Event)
     over: asyncio.Event = field(default_factory=asyncio.Event)
+    #: How many messages may still go to the guest.
+    window: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(console.WINDOW))
     ending: Ending | None = None
     loop: asyncio.AbstractEventLoop | None = None
 

@@ -194,6 +194,11 @@ async def _pump(session: Session, side: Side) -> None:
                 session.end(*fault)
                 return
             session.heard = time.monotonic()
+            if side == "person":
+                async with asyncio.timeout(STUCK_SECONDS):
+                    await session.window.acquire()
+            elif message == console.TAKEN:
+                session.window.release()
             if not await other.put(message):
                 # Its own side says why it went.
                 await session.over.wait()
@@ -243,7 +248,7 @@ def _told(side: Side, ending: Ending) -> tuple[int, str]:
 def _fault(session: Session, side: Side, message: bytes | str) -> tuple[int, str] | None:
     if len(message) > MESSAGE_BYTES_MAX:
         return Close.TOO_LARGE, f"a message has {MESSAGE_BYTES_MAX} bytes at most"
-    if isinstance(message, str) and (side == "person" or message != console.READY):
+    if isinstance(message, str) and (side == "person" or message not in (console.READY, console.TAKEN)):
         return Close.UNSUPPORTED, "a console's bytes come in binary messages"
     if side == "person" and session.log:
         return Close.UNSUPPORTED, "a log takes no input"
@@ -317,8 +322,9 @@ def console_socket(_request: HttpRequest, **_: uuid.UUID) -> HttpResponse:
     """Connect to a console session by WebSocket.
 
     The client offers two subprotocols: "recvirt.console.1", and "ticket." with the session's ticket behind it. Binary
-    messages are the console's bytes; the text message "ready" says that from then on they are the guest's. The code and
-    the reason of the closing say why it ended (4000: the instance has stopped).
+    messages are the console's bytes; the text message "ready" says that from then on they are the guest's, and "taken"
+    that it has taken one message: four at most should be on their way. The code and the reason of the closing say why
+    it ended (4000: the instance has stopped).
     """
     title = "a console wants a WebSocket, and the ASGI application of recvirt.nestedcloud.central.asgi"
     answer = JsonResponse({"status": 426, "type": "no-websocket", "title": title}, status=426, content_type=MEDIA_TYPE)

@@ -70,8 +70,8 @@ def _refusal(status: int, body: bytes) -> ApiError:
         return ApiError(f"the console was refused with status {status}", kind="protocol")
 
 
-def _messages(socket: ClientConnection) -> Iterator[bytes | None]:
-    """What comes, and None when the guest is there. ApiError when it did not end as it should."""
+def _messages(socket: ClientConnection) -> Iterator[bytes | str]:
+    """What comes, until it ends. ApiError when it did not end as it should."""
     from websockets.exceptions import ConnectionClosed
 
     while True:
@@ -88,7 +88,7 @@ def _messages(socket: ClientConnection) -> Iterator[bytes | None]:
             if said.code not in (Close.LEFT, Close.STOPPED):
                 raise ApiError(f"the console was closed: {said.reason or said.code}", kind="protocol") from None
             return
-        yield message if isinstance(message, bytes) else None
+        yield message
 
 
 def _write(descriptor: int, data: bytes) -> None:
@@ -104,8 +104,8 @@ class _Keys:
         self._descriptor = descriptor
         self._linger = linger_seconds
         self.heard = time.monotonic()
-        #: The guest is there; and the person has left.
-        self.ready, self.left = threading.Event(), False
+        #: The guest is there; it may be sent so many messages; and the person has left.
+        self.ready, self.window, self.left = threading.Event(), threading.Semaphore(protocol.WINDOW), False
 
     def start(self) -> None:
         """Begin."""
@@ -119,6 +119,9 @@ class _Keys:
             while data := os.read(self._descriptor, _READ_BYTES):
                 typed, escape, _ = data.partition(ESCAPE) if terminal else (data, b"", b"")
                 if typed:
+                    # A person is never that fast, and wants the escape to be seen.
+                    if not terminal:
+                        self.window.acquire()
                     self._socket.send(typed)
                 if escape:
                     break
@@ -132,6 +135,9 @@ class _Keys:
 
     def _wait_for_answers(self) -> None:
         self.ready.wait()
+        # The guest has taken all of it.
+        for _ in range(protocol.WINDOW):
+            self.window.acquire()
         self.heard = time.monotonic()
         while (rest := self.heard + self._linger - time.monotonic()) > 0:
             time.sleep(rest)
@@ -161,12 +167,14 @@ def console(name: str, force: bool, linger: float) -> None:
             with raw_terminal(stdin):
                 keys.start()
                 for message in _messages(socket):
-                    if message is None:
+                    if isinstance(message, bytes):
+                        keys.heard = time.monotonic()
+                        _write(stdout, message)
+                    elif message == protocol.READY:
                         keys.ready.set()
                         click.echo(f"connected to {name}\r", err=True)
                     else:
-                        keys.heard = time.monotonic()
-                        _write(stdout, message)
+                        keys.window.release()
         except ApiError:
             if not keys.left:
                 raise
@@ -194,7 +202,7 @@ def logs(name: str, follow: bool) -> None:
     with _connected(cloud.access, session) as socket:
         try:
             for message in _messages(socket):
-                if message:
+                if isinstance(message, bytes):
                     _write(stdout, _tamed(message) if tame else message)
         except KeyboardInterrupt:
             pass

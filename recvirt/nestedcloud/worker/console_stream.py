@@ -18,6 +18,7 @@ from recvirt.nestedcloud.worker.errors import ActionError
 from recvirt.nestedcloud.worker.hypervisor import fault_of
 
 READ_BYTES = 16 * 1024
+WRITE_BYTES = 4 * 1024
 #: What libvirt answers where it would have to wait.
 _LATER = -2
 _ENDED = libvirt.VIR_STREAM_EVENT_ERROR | libvirt.VIR_STREAM_EVENT_HANGUP
@@ -36,12 +37,16 @@ def ensure_event_loop() -> None:
 
 
 class ConsoleStream:
-    """An open console. Made by :func:`open_console`; used from one asyncio loop."""
+    """An open console. Made by :func:`open_console`; used from one asyncio loop.
+
+    It wants a connection of its own: libvirtd reads no more of one while a guest does not take what came over it.
+    """
 
     def __init__(self, stream: Any, loop: asyncio.AbstractEventLoop) -> None:
         self._stream = stream
         self._loop = loop
         self._waiting: dict[int, asyncio.Future[None]] = {}
+        self._lost = False
         stream.eventAddCallback(0, self._on_event, None)
 
     def _on_event(self, _stream: Any, events: int, _opaque: Any) -> None:
@@ -49,12 +54,18 @@ class ConsoleStream:
         self._stream.eventUpdateCallback(0)
         self._loop.call_soon_threadsafe(self._wake, events)
 
+    def on_lost(self, *_: Any) -> None:
+        """The connection is gone. In libvirt's thread; the stream itself may say nothing of it."""
+        self._lost = True
+        self._loop.call_soon_threadsafe(self._wake, _ENDED)
+
     def _wake(self, events: int) -> None:
         for event in [event for event in self._waiting if events & (event | _ENDED)]:
             future = self._waiting.pop(event)
             if not future.done():
                 future.set_result(None)
-        self._listen()
+        if self._waiting:
+            self._listen()
 
     def _listen(self) -> None:
         self._stream.eventUpdateCallback(sum(self._waiting))
@@ -62,35 +73,38 @@ class ConsoleStream:
     async def _until(self, event: int) -> None:
         future: asyncio.Future[None] = self._loop.create_future()
         self._waiting[event] = future
-        self._listen()
         try:
-            await future
+            self._listen()
+            if not self._lost:
+                await future
         finally:
             self._waiting.pop(event, None)
 
     async def read(self) -> bytes:
         """What the guest says next; nothing when the console has ended."""
-        while True:
-            try:
+        try:
+            while not self._lost:
                 data = self._stream.recv(READ_BYTES)
-            except libvirt.libvirtError:
-                return b""
-            if data != _LATER:
-                return bytes(data)
-            await self._until(libvirt.VIR_STREAM_EVENT_READABLE)
+                if data != _LATER:
+                    return bytes(data)
+                await self._until(libvirt.VIR_STREAM_EVENT_READABLE)
+        except libvirt.libvirtError:
+            pass
+        return b""
 
     async def write(self, data: bytes) -> bool:
-        """Give the guest all of it, as fast as it takes it; False when the console has ended."""
-        while data:
-            try:
-                count = self._stream.send(data)
-            except libvirt.libvirtError:
-                return False
-            if count == _LATER:
-                await self._until(libvirt.VIR_STREAM_EVENT_WRITABLE)
-            else:
-                data = data[count:]
-        return True
+        """Give the guest all of it, ``WRITE_BYTES`` at most, when it takes it; False when the console has ended."""
+        try:
+            while data and not self._lost:
+                # It waits there for libvirtd, although the stream is one that should not.
+                count = await asyncio.to_thread(self._stream.send, data)
+                if count == _LATER:
+                    await self._until(libvirt.VIR_STREAM_EVENT_WRITABLE)
+                else:
+                    data = data[count:]
+        except libvirt.libvirtError:
+            return False
+        return not data
 
     def close(self) -> None:
         """Give the console back. May wait for libvirtd."""
@@ -115,4 +129,6 @@ def open_console(domain: Any, force: bool, loop: asyncio.AbstractEventLoop) -> C
         if "Active console session exists" in known.message:
             raise ActionError(Fault.CONFLICT, "somebody has it on the host itself; force takes it from them") from None
         raise known from None
-    return ConsoleStream(stream, loop)
+    made = ConsoleStream(stream, loop)
+    domain.connect().registerCloseCallback(made.on_lost, None)
+    return made

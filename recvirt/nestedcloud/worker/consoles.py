@@ -11,7 +11,8 @@ import functools
 import logging
 import ssl
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,12 @@ from recvirt.nestedcloud.console import MESSAGE_BYTES_MAX, PING_SECONDS, Close, 
 from recvirt.nestedcloud.model import Fault, ModelError, decode
 from recvirt.nestedcloud.queue import CONSOLE, console_queue, make_app
 from recvirt.nestedcloud.worker.console_log import read_log
-from recvirt.nestedcloud.worker.console_stream import ConsoleStream, ensure_event_loop, open_console
+from recvirt.nestedcloud.worker.console_stream import (
+    WRITE_BYTES,
+    ConsoleStream,
+    ensure_event_loop,
+    open_console,
+)
 from recvirt.nestedcloud.worker.errors import ActionError
 from recvirt.nestedcloud.worker.hypervisor import Hypervisor
 from recvirt.nestedcloud.worker.service import Config, make_host
@@ -35,8 +41,10 @@ CONSOLES_MAX = 50
 DIAL_SECONDS = 10.0
 #: A libvirtd that hangs is told of, and not waited for.
 LIBVIRT_SECONDS = 15.0
-#: The central node ends what is idle; this one's bound is for a central node that went without a word.
-_WRITE_SECONDS = 30.0
+#: A guest that takes nothing for so long does not read.
+_WRITE_SECONDS = 10.0
+#: For a libvirtd that asks a slow guest to take more before it reads on; it is given a minute.
+_KEEP_ALIVE = (10, 6)
 _LOG_PAUSE_SECONDS = 1.0
 _STOP_LOOKS, _STOP_PAUSE_SECONDS = 10, 0.2
 
@@ -46,12 +54,16 @@ T = TypeVar("T")
 class Consoles:
     """Those of one worker, all on one asyncio loop."""
 
-    def __init__(self, api: str, hypervisor: Hypervisor, tls: Callable[[], ssl.SSLContext | None]) -> None:
-        """``api`` is the central node's URL; ``tls`` makes what its certificate is checked with, which may change."""
+    def __init__(
+        self, api: str, hypervisors: Callable[[], Hypervisor], tls: Callable[[], ssl.SSLContext | None]
+    ) -> None:  # fmt: skip
+        """``api`` is the central node's URL; ``tls`` makes what its certificate is checked with, which may change.
+
+        ``hypervisors`` makes one with a connection of its own: a guest that does not read stops what is on its own.
+        """
         self._url = api.rstrip("/").replace("http", "ws", 1)
-        self._hypervisor = hypervisor
+        self._hypervisors = hypervisors
         self._tls = tls
-        self._lock = asyncio.Lock()
         self._open: dict[str, asyncio.Task[None]] = {}
 
     async def answer(self, call: ConsoleCall) -> None:
@@ -68,7 +80,7 @@ class Consoles:
             if before is not None:
                 # Its session is over, or it would not be called to another one; the console must be free again.
                 before.cancel()
-                await asyncio.wait([before])
+                await asyncio.wait([before], timeout=LIBVIRT_SECONDS)
             await self._dial(call)
         finally:
             if self._open.get(key) is task:
@@ -81,91 +93,109 @@ class Consoles:
             "compression": None, "open_timeout": DIAL_SECONDS, "close_timeout": 5,
             "ping_interval": PING_SECONDS, "ping_timeout": PING_SECONDS,
         }  # fmt: skip
+        hypervisor = self._hypervisors()
         try:
             async with connect(url, ssl=self._tls(), **words) as socket:
                 if socket.subprotocol != console.PROTOCOL:
                     log.error("%s answers, and knows no consoles", self._url)
                     return
                 try:
-                    await (self._tell(call, socket) if call.log else self._join(call, socket))
+                    await (_tell if call.log else _join)(call, hypervisor, socket)
                 except ActionError as error:
                     await socket.close(Close.REFUSED, console.reason(error.message))
         except ConnectionClosed:
             pass
         except (OSError, WebSocketException) as error:
             log.error("the central node can't be reached for a console: %s: %s", type(error).__name__, error)
-
-    async def _libvirt(self, work: Callable[[], T]) -> T:
-        """In a thread, and one after another: the connection is made anew in there."""
-        try:
-            async with asyncio.timeout(LIBVIRT_SECONDS), self._lock:
-                return await asyncio.to_thread(work)
-        except TimeoutError:
-            raise ActionError(Fault.TIMED_OUT, f"libvirt did not answer in {LIBVIRT_SECONDS:.0f} s") from None
-
-    async def _join(self, call: ConsoleCall, socket: ClientConnection) -> None:
-        loop = asyncio.get_running_loop()
-        stream = await self._libvirt(
-            lambda: open_console(self._hypervisor.get(call.instance), call.force, loop)
-        )  # fmt: skip
-        try:
-            await socket.send(console.READY)
-            works: list[Coroutine[Any, Any, tuple[int, str]]] = [
-                self._from_guest(call, stream, socket), self._to_guest(stream, socket),
-            ]  # fmt: skip
-            tasks = [asyncio.create_task(work) for work in works]
-            try:
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-            code, reason = next(iter(done)).result()
-            await socket.close(code, console.reason(reason))
         finally:
-            await _to_its_end(asyncio.to_thread(stream.close))
+            await _to_its_end(asyncio.to_thread(hypervisor.close))
 
-    async def _from_guest(self, call: ConsoleCall, stream: ConsoleStream, socket: ClientConnection) -> tuple[int, str]:
-        while data := await stream.read():
-            await socket.send(data)
-        return await self._why_ended(call)
 
-    async def _why_ended(self, call: ConsoleCall) -> tuple[int, str]:
-        # libvirt ends the console a moment before it says that the domain does not run.
-        for _ in range(_STOP_LOOKS):
-            if not await self._libvirt(lambda: self._hypervisor.is_active(call.instance)):
-                return Close.STOPPED, "the instance has stopped"
-            await asyncio.sleep(_STOP_PAUSE_SECONDS)
-        return Close.REFUSED, "libvirt has ended it: it was taken on the host itself, or libvirtd was started anew"
+async def _libvirt(work: Callable[[], T]) -> T:
+    """In a thread: libvirtd is waited for."""
+    try:
+        async with asyncio.timeout(LIBVIRT_SECONDS):
+            return await asyncio.to_thread(work)
+    except TimeoutError:
+        raise ActionError(Fault.TIMED_OUT, f"libvirt did not answer in {LIBVIRT_SECONDS:.0f} s") from None
 
-    async def _to_guest(self, stream: ConsoleStream, socket: ClientConnection) -> tuple[int, str]:
-        async for data in socket:
-            if isinstance(data, bytes) and not await _within(_WRITE_SECONDS, stream.write(data)):
+
+async def _join(call: ConsoleCall, hypervisor: Hypervisor, socket: ClientConnection) -> None:
+    loop = asyncio.get_running_loop()
+    stream = await _libvirt(lambda: open_console(hypervisor.get(call.instance), call.force, loop))
+    try:
+        await socket.send(console.READY)
+        works: list[Coroutine[Any, Any, tuple[int, str]]] = [
+            _from_guest(call, hypervisor, stream, socket), _to_guest(stream, socket),
+        ]  # fmt: skip
+        tasks = [asyncio.create_task(work) for work in works]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        code, reason = next(iter(done)).result()
+        await socket.close(code, console.reason(reason))
+    except ActionError as error:
+        # Told before the stream is closed, which may take libvirtd's time.
+        await socket.close(Close.REFUSED, console.reason(error.message))
+    finally:
+        await _to_its_end(asyncio.to_thread(stream.close))
+
+
+async def _from_guest(
+    call: ConsoleCall, hypervisor: Hypervisor, stream: ConsoleStream, socket: ClientConnection
+) -> tuple[int, str]:
+    while data := await stream.read():
+        await socket.send(data)
+    # libvirt ends the console a moment before it says that the domain does not run.
+    for _ in range(_STOP_LOOKS):
+        if not await _libvirt(lambda: hypervisor.is_active(call.instance)):
+            return Close.STOPPED, "the instance has stopped"
+        await asyncio.sleep(_STOP_PAUSE_SECONDS)
+    return Close.REFUSED, "libvirt has ended it: it was taken on the host itself, or libvirtd was started anew"
+
+
+async def _to_guest(stream: ConsoleStream, socket: ClientConnection) -> tuple[int, str]:
+    async for data in socket:
+        if not isinstance(data, bytes):
+            continue
+        for start in range(0, len(data), WRITE_BYTES):
+            try:
+                async with asyncio.timeout(_WRITE_SECONDS):
+                    goes_on = await stream.write(data[start : start + WRITE_BYTES])
+            except TimeoutError:
+                return Close.REFUSED, "the guest does not read its serial console"
+            if not goes_on:
                 # The other direction finds out why.
                 await asyncio.Event().wait()
-        return Close.LEFT, ""
+        await socket.send(console.TAKEN)
+    return Close.LEFT, ""
 
-    async def _tell(self, call: ConsoleCall, socket: ClientConnection) -> None:
-        await self._libvirt(lambda: self._hypervisor.get(call.instance))
-        path = self._hypervisor.host.console_log_path(call.instance)
-        await socket.send(console.READY)
-        offset = 0
-        while True:
-            data, offset = await self._libvirt(functools.partial(self._read_log, path, offset))
-            for start in range(0, len(data), MESSAGE_BYTES_MAX):
-                await socket.send(data[start : start + MESSAGE_BYTES_MAX])
-            if not call.follow:
-                await socket.close(Close.LEFT)
+
+async def _tell(call: ConsoleCall, hypervisor: Hypervisor, socket: ClientConnection) -> None:
+    await _libvirt(lambda: hypervisor.get(call.instance))
+    path = hypervisor.host.console_log_path(call.instance)
+    await socket.send(console.READY)
+    offset = 0
+    while True:
+        data, offset = await _libvirt(functools.partial(_read_log, hypervisor, path, offset))
+        for start in range(0, len(data), MESSAGE_BYTES_MAX):
+            await socket.send(data[start : start + MESSAGE_BYTES_MAX])
+        if not call.follow:
+            await socket.close(Close.LEFT)
+            return
+        try:
+            async with asyncio.timeout(_LOG_PAUSE_SECONDS):
+                await socket.wait_closed()
                 return
-            try:
-                async with asyncio.timeout(_LOG_PAUSE_SECONDS):
-                    await socket.wait_closed()
-                    return
-            except TimeoutError:
-                pass
+        except TimeoutError:
+            pass
 
-    def _read_log(self, path: Path, offset: int) -> tuple[bytes, int]:
-        return read_log(self._hypervisor.connection, path, offset)
+
+def _read_log(hypervisor: Hypervisor, path: Path, offset: int) -> tuple[bytes, int]:
+    return read_log(hypervisor.connection, path, offset)
 
 
 async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
@@ -176,14 +206,6 @@ async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
     except asyncio.CancelledError:
         await asyncio.wait([task])
         raise
-
-
-async def _within(seconds: float, work: Awaitable[T]) -> T:
-    try:
-        async with asyncio.timeout(seconds):
-            return await work
-    except TimeoutError:
-        raise ActionError(Fault.TIMED_OUT, "the guest does not read its serial console") from None
 
 
 def tls_context(config: Config) -> ssl.SSLContext | None:
@@ -200,9 +222,11 @@ class ConsoleService:
         self.config = config
         self.app: Celery = make_app(config.broker, (console_queue(config.uuid),))
         self._loop = asyncio.new_event_loop()
+        # Each console may have one thread that writes and one that asks, and either may wait for a libvirtd that hangs.
+        self._loop.set_default_executor(ThreadPoolExecutor(2 * CONSOLES_MAX, "libvirt"))
         ensure_event_loop()
-        hypervisor = Hypervisor(config.libvirt, make_host(config))
-        self._consoles = Consoles(config.api, hypervisor, functools.partial(tls_context, config))
+        hypervisors = functools.partial(Hypervisor, config.libvirt, make_host(config), keep_alive=_KEEP_ALIVE)
+        self._consoles = Consoles(config.api, hypervisors, functools.partial(tls_context, config))
         self._tasks: set[asyncio.Task[None]] = set()
 
         @self.app.task(name=CONSOLE)  # type: ignore[untyped-decorator]

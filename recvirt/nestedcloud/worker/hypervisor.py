@@ -83,11 +83,17 @@ def in_our_words() -> Iterator[None]:
 class Hypervisor:
     """One libvirt URI."""
 
-    def __init__(self, uri: str, host: Host, *, shared: Any = None) -> None:
-        """``shared`` is an open connection to use instead (libvirt's test driver lives and dies with one)."""
+    def __init__(
+        self, uri: str, host: Host, *, shared: Any = None, keep_alive: tuple[int, int] = (5, 3)
+    ) -> None:  # fmt: skip
+        """``shared`` is an open connection to use instead (libvirt's test driver lives and dies with one).
+
+        ``keep_alive`` is after how many seconds, and how often, a libvirtd is asked whether it is there.
+        """
         self.uri = uri
         self.host = host
         self._shared = shared
+        self._keep_alive = keep_alive
         self._connection: Any = shared
 
     @property
@@ -104,12 +110,22 @@ class Hypervisor:
             try:
                 self._connection = libvirt.open(self.uri)
                 # A libvirtd that hangs is as good as none.
-                self._connection.setKeepAlive(5, 3)
+                self._connection.setKeepAlive(*self._keep_alive)
             except libvirt.libvirtError as error:
                 if self._connection is None:
                     text = f"libvirt at {self.uri}: {error.get_error_message()}"
                     raise UnreachableError(Fault.HYPERVISOR, text) from None
         return self._connection
+
+    def close(self) -> None:
+        """Give the connection back. May wait for libvirtd."""
+        connection, self._connection = self._connection, self._shared
+        if connection is not None and connection is not self._shared:
+            try:
+                connection.close()
+            except libvirt.libvirtError:
+                # It was gone.
+                pass
 
     def find(self, uuid: str) -> Any | None:
         """The domain with this UUID, or None. ActionError when it is there and not ours."""
