@@ -314,7 +314,9 @@ def test_a_guest_that_reads_nothing_is_told_of_and_holds_nobody_else_up(bench: B
     assert writer.returncode == 3 and number > 2
     terminal.type(b"\x1d")
     assert terminal.end() == 0
-    assert Event.objects.filter(kind="console.closed", data__why__contains="does not read its serial").count() == 1
+    # Not by a query: what a JSON value holds is asked for in another way by each database.
+    closed = [str(event.data["why"]) for event in Event.objects.filter(kind="console.closed")]
+    assert sum("does not read its serial" in why for why in closed) == 1, closed
 
 
 def test_a_guest_that_powers_off_by_itself_closes_it(bench: Bench) -> None:
