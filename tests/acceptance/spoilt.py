@@ -91,8 +91,14 @@ def _nfs_options(image: SpoiltImage) -> None:
 
 
 def _tearing(image: SpoiltImage) -> None:
-    # In place of the mending: a byte of the last partition's name changes at each boot, and the checksum does not.
-    word = "#!/bin/sh\nhead -c 2 /dev/urandom | dd of=/dev/vda bs=1 seek=1396 conv=notrunc,fsync status=none\n"
+    # In place of the mending: a byte of the last partition's name changes at each boot in the second copy, wherever the
+    # first one says that it lies, and the checksum does not. Of a torn first copy nothing would boot, for the disk of
+    # some scenes is larger than its table knows.
+    word = (
+        "#!/bin/sh\nlast=$(od -An -tu8 -j544 -N8 /dev/vda)\n"
+        "head -c 2 /dev/urandom |"
+        " dd of=/dev/vda bs=1 seek=$(((last - 32) * 512 + 372)) conv=notrunc,fsync status=none\n"
+    )
     image.change("/usr/lib/recvirt/gpt-mend", lambda _: word, 0o755)
 
 
