@@ -55,20 +55,28 @@ def packages_wanted(
 
 
 def own_packages(names: Iterable[str]) -> frozenset[str]:
-    """Which packages of ours an image gets that asks for these names."""
-    ours = {path.parent.name for path in data_path("packages").glob("*/DEBIAN")}
-    return frozenset(ours & {*ALWAYS, *names})
+    """Which packages of ours an image gets that asks for these names, with those of ours that they depend on."""
+    folder = data_path("packages")
+    ours = {path.parent.name for path in folder.glob("*/DEBIAN")}
+    wanted = ours & {*ALWAYS, *names}
+    while more := {name for package in wanted for name in _depends(folder / package / "DEBIAN/control")} & ours - wanted:
+        wanted |= more
+    return frozenset(wanted)
+
+
+def _depends(control: Path) -> set[str]:
+    """What a control file depends on: the first of alternatives, without versions."""
+    names = set()
+    for match in _DEPENDS.finditer(control.read_text()):
+        for clause in match["value"].replace("\n", " ").split(","):
+            names.add(re.split(r"[\s(|:\[]", clause.strip(), maxsplit=1)[0])
+    return names - {""}
 
 
 def depends_of(folder: Path, packages: Collection[str]) -> tuple[str, ...]:
-    """What these package folders below ``folder`` depend on: the first of alternatives, without versions."""
+    """What these package folders below ``folder`` depend on, but for each other."""
     ours = {path.name for path in folder.iterdir()}
-    names: set[str] = set()
-    for control in sorted(folder / package / "DEBIAN/control" for package in packages):
-        for match in _DEPENDS.finditer(control.read_text()):
-            for clause in match["value"].replace("\n", " ").split(","):
-                name = re.split(r"[\s(|:\[]", clause.strip(), maxsplit=1)[0]
-                names |= {name} if name else set()
+    names = {name for package in packages for name in _depends(folder / package / "DEBIAN/control")}
     return tuple(sorted(names - ours))
 
 

@@ -235,7 +235,7 @@ def test_an_older_configuration_keeps_its_values_and_gets_what_it_lacks(machine:
 
 
 def test_the_front_lets_through_what_the_api_takes() -> None:
-    text = data_path("packages", "recvirt-cloud", "root", "usr", "share", "recvirt-cloud", "nginx.conf").read_text()
+    text = data_path("packages", "recvirt-cloud-central", "root", "usr", "share", "recvirt-cloud", "nginx.conf").read_text()
     found = re.search(r"client_max_body_size (\d+)k;", text)
     assert found is not None
     assert int(found[1]) * 1024 == BODY_BYTES_MAX
