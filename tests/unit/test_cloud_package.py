@@ -41,7 +41,8 @@ class Machine:
             self.program(name, f'#!/bin/sh\necho "{name} $*" >>"$LOG"\n')
         self.program("systemctl", _SYSTEMCTL)
         self.program("id", '#!/bin/sh\ncat "$STATE/groups" 2>/dev/null || echo libvirt-qemu kvm\n')
-        self.program("dpkg-query", '#!/bin/sh\nfor name; do :; done\ncat "$STATE/$name" 2>/dev/null || echo installed\n')
+        # The last word is the package.
+        self.program("dpkg-query", '#!/bin/sh\nshift 3\ncat "$STATE/$1" 2>/dev/null || echo installed\n')
         # dpkg --compare-versions A gt B, for plain numbers.
         self.program(
             "dpkg", '#!/bin/sh\n[ "$2" != "$4" ] && [ "$(printf "%s\\n%s\\n" "$2" "$4" | sort -V | tail -1)" = "$2" ]\n'
