@@ -129,7 +129,8 @@ def test_nothing_starts_while_a_package_is_between_two_versions(machine: Machine
     machine.marker.touch()
     (machine.folder / "state" / WORKER).write_text(state)
     assert machine.run("postinst", "triggered", "recvirt-cloud-take-over").returncode == 0
-    assert machine.run("postinst", "abort-upgrade", "0.2.0").returncode == 0
+    for package in (COMMON, CENTRAL):
+        assert machine.run("postinst", "abort-upgrade", "0.2.0", package=package).returncode == 0
     assert machine.asked() == [] and machine.marker.exists()
 
 
@@ -222,7 +223,7 @@ def test_an_upgrade_that_was_given_up_starts_the_services_again(machine: Machine
     assert machine.active.exists() and not machine.marker.exists()
     machine.run("prerm", "upgrade", "0.2.0", package=WORKER)
     assert machine.run("postinst", "abort-upgrade", "0.2.0", package=WORKER).returncode == 0
-    assert machine.triggered().returncode == 0 and machine.active.exists()
+    assert machine.active.exists() and not machine.marker.exists()
 
 
 @pytest.mark.parametrize("package", PACKAGES)
