@@ -59,25 +59,25 @@ def own_packages(names: Iterable[str]) -> frozenset[str]:
     folder = data_path("packages")
     ours = {path.parent.name for path in folder.glob("*/DEBIAN")}
     wanted = ours & {*ALWAYS, *names}
-    while more := {name for package in wanted for name in _depends(folder / package / "DEBIAN/control")} & ours - wanted:
+    while more := (ours & _depends(folder, wanted)) - wanted:
         wanted |= more
     return frozenset(wanted)
 
 
-def _depends(control: Path) -> set[str]:
-    """What a control file depends on: the first of alternatives, without versions."""
+def _depends(folder: Path, packages: Iterable[str]) -> set[str]:
     names = set()
-    for match in _DEPENDS.finditer(control.read_text()):
-        for clause in match["value"].replace("\n", " ").split(","):
-            names.add(re.split(r"[\s(|:\[]", clause.strip(), maxsplit=1)[0])
+    for control in (folder / package / "DEBIAN/control" for package in packages):
+        for match in _DEPENDS.finditer(control.read_text()):
+            for clause in match["value"].replace("\n", " ").split(","):
+                names.add(re.split(r"[\s(|:\[]", clause.strip(), maxsplit=1)[0])
     return names - {""}
 
 
 def depends_of(folder: Path, packages: Collection[str]) -> tuple[str, ...]:
-    """What these package folders below ``folder`` depend on, but for each other."""
-    ours = {path.name for path in folder.iterdir()}
-    names = {name for package in packages for name in _depends(folder / package / "DEBIAN/control")}
-    return tuple(sorted(names - ours))
+    """What these package folders below ``folder`` depend on, but for each other: the first of alternatives, without
+    versions.
+    """
+    return tuple(sorted(_depends(folder, packages) - {path.name for path in folder.iterdir()}))
 
 
 def missing_basics(profile: Profile, installed: frozenset[str]) -> list[Problem]:

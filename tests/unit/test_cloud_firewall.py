@@ -1,4 +1,4 @@
-"""The cloud's firewall under the kernel's own nftables: who reaches which port, from where, and what else is left alone.
+"""The cloud's firewall under the kernel's own nftables: who reaches which port from where, and what else is left alone.
 
 Network namespaces stand for a machine and its neighbours; needs root, ``nft`` and ``ip``.
 """
