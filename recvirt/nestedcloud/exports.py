@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from recvirt.nestedcloud import tunnel
 from recvirt.nestedcloud.machine import Machine, ProvisionError, write
 
 TUNNEL_SERVICE = "recvirt-cloud-tunnel.service"
@@ -55,6 +54,8 @@ def start_tunnel(machine: Machine, cloud: uuid.UUID) -> None:
     """The central node's end of the tunnel, with its address: what listens on one that is not there does not start.
     ProvisionError when there is none.
     """
+    from recvirt.nestedcloud import tunnel
+
     tunnel.ensure_central(machine, cloud)
     machine.run(["systemctl", "start", TUNNEL_SERVICE], "", None)
     said = machine.run(["ip", "-6", "-oneline", "address", "show", "dev", tunnel.INTERFACE], "", None)
@@ -64,6 +65,8 @@ def start_tunnel(machine: Machine, cloud: uuid.UUID) -> None:
 
 def ensure(machine: Machine, cloud: uuid.UUID) -> None:
     """The tunnel, and who listens in it. Without one everything else of the cloud goes on."""
+    from recvirt.nestedcloud import tunnel
+
     try:
         start_tunnel(machine, cloud)
         up = True
@@ -91,6 +94,8 @@ def exported(machine: Machine) -> tuple[Path, ...]:
 
 def _ensure_files(machine: Machine, cloud: uuid.UUID, paths: tuple[Path, ...]) -> None:
     """The exports and the address of the file server, which is there for them alone."""
+    from recvirt.nestedcloud import tunnel
+
     to = f"{tunnel.prefix(cloud)}({_OPTIONS})"
     lines = [f"/{path.relative_to(machine.root)} {to}\n" for path in paths]
     conf = f"# Written by recvirt-cloud setup.\n[nfsd]\nhost={tunnel.central_address(cloud)}\n" if lines else ""

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from recvirt.nestedcloud import broker, exports
-from recvirt.nestedcloud.broker import BROKER_CENTRAL, RABBITMQCTL, password_hash, permissions
+from recvirt.nestedcloud.broker import BROKER_CENTRAL, BROKER_USER, RABBITMQCTL, password_hash, permissions
 from recvirt.nestedcloud.machine import (
     CENTRAL,
     WORKER,
     Machine,
     ProvisionError,
     UpgradeFailedError,
+    can_log_in,
     read,
     run_program,
     toml,
@@ -33,8 +34,8 @@ from recvirt.nestedcloud.model import NAME
 from recvirt.nestedcloud.statuses import ExitStatus
 
 __all__ = [
-    "BROKER_CENTRAL", "RABBITMQCTL", "Machine", "ProvisionError", "UpgradeFailedError", "password_hash", "permissions",
-    "read", "run_program", "toml", "write",
+    "BROKER_CENTRAL", "BROKER_USER", "RABBITMQCTL", "Machine", "ProvisionError", "UpgradeFailedError", "can_log_in",
+    "password_hash", "permissions", "read", "run_program", "toml", "write",
 ]  # fmt: skip
 
 CENTRAL_USER, WORKER_USER = "recvirt-central", "recvirt-worker"

@@ -25,9 +25,9 @@ ROLES = {"recvirt-cloud-central": "central node", "recvirt-cloud-worker": "worke
 #: How the instance that most checks share is called.
 INSTANCE = "web"
 VOLUME = "data"
-#: What may be reached from outside: SSH, and, of a central node, the API and the workers' network.
-OPEN_PORTS = {("tcp", 22), ("udp", 68)}
-CENTRAL_PORTS = {("tcp", 443), ("udp", 51820)}
+#: What may be reached from outside: SSH, the machines' tunnel, and, of a central node, the API.
+OPEN_PORTS = {("tcp", 22), ("udp", 68), ("udp", 51820)}
+CENTRAL_PORTS = {("tcp", 443)}
 #: Files that the test user may not read.
 SECRETS = ("central.toml", "secret-key", "tls/key.pem", "tunnel/key")
 WORKER_SECRETS = ("worker.toml",)
