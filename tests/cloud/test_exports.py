@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import re
 import stat
 import uuid
@@ -139,3 +140,16 @@ def test_what_the_broker_waits_for_needs_neither_broker_nor_database(machine: Ma
     programs.calls.clear()
     provision.prepare(machine)
     assert programs.calls == []
+
+
+def test_nothing_of_nfs_listens_but_its_one_port() -> None:
+    """rpc.mountd listens as soon as version 2 or 3 is on, and 2 counts as on until it is named. By Debian's default
+    (manage-gids) it would look QEMU's groups up among this machine's users.
+    """
+    path = data_path("packages") / "recvirt-cloud-central/root/etc/nfs.conf.d/50-recvirt-cloud.conf"
+    conf = configparser.ConfigParser()
+    conf.read(path)
+    found = dict(conf["nfsd"])
+    assert [name for name, value in found.items() if name.startswith("vers") and value == "y"] == ["vers4", "vers4.2"]
+    assert all(found[name] == "n" for name in ("vers2", "vers3", "vers4.0", "vers4.1", "udp"))
+    assert conf["mountd"]["manage-gids"] == "n"
