@@ -62,6 +62,18 @@ def test_listeners(tmp_path: Path) -> None:
         rejects(tmp_path, "listening-sockets", {"ss -H": LISTENERS + row + "\n"}, row.split()[4])
 
 
+def test_listeners_of_a_central_node(tmp_path: Path) -> None:
+    central = Promises(packages=("recvirt-cloud-central",))
+    rows = LISTENERS + (
+        "tcp LISTEN 0 511 [::]:443 [::]:*\nudp UNCONN 0 0 0.0.0.0:51820 0.0.0.0:*\n"
+        "tcp LISTEN 0 64 [fd81:2:3::1]:2049 [::]:*\ntcp LISTEN 0 128 [fd81:2:3::1]:5672 [::]:*\n"
+    )
+    assert run(tmp_path, "listening-sockets", {"ss -H": rows}, promised=central)
+    rejects(tmp_path, "listening-sockets", {"ss -H": rows}, "443")
+    for row in ("tcp LISTEN 0 64 *:2049 *:*", "tcp LISTEN 0 9 [2001:db8::1]:5672 [::]:*", "tcp LISTEN 0 9 *:5432 *:*"):
+        rejects(tmp_path, "listening-sockets", {"ss -H": f"{rows}{row}\n"}, row.split()[4], promised=central)
+
+
 def test_foreign_keys(tmp_path: Path) -> None:
     good = "/home/rvtest/.ssh/authorized_keys:ssh-ed25519 AAAAtestkey x\n"
     assert run(tmp_path, "no-authorized-keys", {"authorized_keys": good})
