@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import os
 import re
 import stat
 import uuid
@@ -108,6 +109,23 @@ def test_what_comes_from_a_file_server_is_not_handed_on(numbered: Machine, text:
     lines = table(numbered).read_text().splitlines() if table(numbered).exists() else []
     assert [line.split()[0] for line in lines] == left
     assert host(numbered).exists() == bool(left) and listener(numbered).exists()
+
+
+def test_a_file_server_that_user_data_name_later_takes_over(
+    numbered: Machine, programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the broker waits for does not wait for cloud-init; the set-up does, and looks again."""
+    # Nobody of that number may own folders of a test's.
+    monkeypatch.setattr(provision, "_ensure_folder", lambda _machine, path, *_: path.mkdir(parents=True, exist_ok=True))
+    made = replace(numbered, owner_of=lambda user: (641 if user == "recvirt-worker" else os.geteuid(), os.getegid()))
+    provision.prepare(made)
+    assert table(made).exists()
+    (made.root / "etc/recvirt").mkdir(parents=True)
+    (made.root / "etc/recvirt/nfs.conf").write_text("IMAGES_SOURCE=nas:/i\nBLOCKS_SOURCE=nas:/b\n")
+    provision.setup(made)
+    assert not table(made).exists() and STOP in programs.named("systemctl")
+    text = (data_path("packages") / "recvirt-cloud/root/usr/lib/systemd/system/recvirt-cloud-setup.service").read_text()
+    assert "After=cloud-init.service cloud-init-network.service recvirt-nfs.service\n" in text
 
 
 def test_an_older_installation_s_numbers_are_told_and_not_shared(machine: Machine) -> None:
