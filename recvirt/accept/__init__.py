@@ -25,8 +25,8 @@ from recvirt.ui import format_seconds, reporter
 
 __all__ = ["Options", "Promises", "run_acceptance", "select"]
 
-#: An image that has it carries the Nested Cloud.
-CLOUD_PACKAGE = "recvirt-cloud"
+#: An image that has one of them carries the Nested Cloud, or a part of it.
+CLOUD_PACKAGES = {"recvirt-cloud", "recvirt-cloud-central", "recvirt-cloud-worker"}
 #: Kept after a run, below the output folder.
 CONSOLES = "consoles"
 #: What the overlays of an ordinary run grow to, and some more.
@@ -49,7 +49,7 @@ def run_acceptance(
     Raises AcceptanceError, after the reports are written, unless every check passed or was skipped for a reason.
     """
     # The cloud is proved wherever it is promised; it needs no asking for.
-    scenes = (*options.scenes, "cloud") if CLOUD_PACKAGE in promises.packages else options.scenes
+    scenes = (*options.scenes, "cloud") if CLOUD_PACKAGES & set(promises.packages) else options.scenes
     checks = select(options.checks, scenes)
     started, clock = datetime.now(UTC), time.monotonic()
     image = image.resolve()

@@ -171,11 +171,11 @@ def serve(port: int, socket_path: Path | None) -> None:
 
 
 @central.command()
-@click.option("--worker", "worker_uuid", required=True, help="The UUID of the worker on this machine.")
-@click.option("--name", required=True, help="Its name.")
-def init(worker_uuid: str, name: str) -> None:
+@click.option("--worker", "worker_uuid", help="The UUID of the worker on this machine, if there is one.")
+@click.option("--name", default="local", show_default=True, help="Its name.")
+def init(worker_uuid: str | None, name: str) -> None:
     """Write the first rows: a project, the administrator, the worker on this machine, and the images that packages
-    brought. Again changes nothing.
+    brought to it. Again changes nothing.
 
     \b
     Example:
@@ -186,7 +186,7 @@ def init(worker_uuid: str, name: str) -> None:
     from recvirt.nestedcloud.central.first import PROJECT, ensure_first_rows
 
     ensure_first_rows(worker_uuid, name)
-    for said in ensure_bundled(worker_uuid, PROJECT):
+    for said in ensure_bundled(worker_uuid, PROJECT) if worker_uuid else ():
         click.echo(said)
 
 
@@ -261,8 +261,10 @@ def administrator(name: str) -> None:
 
 
 @main_group.command()
-def setup() -> None:
-    """Set this machine up as a cloud: what systemd does at each boot, as root. Does only what is missing.
+@click.option("--prepare", is_flag=True, help="Only what has to be there before the broker and the file server start.")
+def setup(prepare: bool) -> None:
+    """Set this machine up for the roles whose packages it has: what systemd does at each boot, as root. Does only what
+    is missing.
 
     \b
     Example:
@@ -270,8 +272,9 @@ def setup() -> None:
     """
     from recvirt.nestedcloud import provision
 
+    machine = provision.Machine(tell=click.echo)
     try:
-        provision.setup(provision.Machine(tell=click.echo))
+        (provision.prepare if prepare else provision.setup)(machine)
     except provision.UpgradeFailedError as error:
         _fail(str(error), "docs/operating.md, 'Upgrade', tells the ways on", ExitStatus.UPGRADE)
     except provision.ProvisionError as error:

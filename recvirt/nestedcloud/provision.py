@@ -6,160 +6,45 @@ Nothing secret is in an image; all of it is made here. Owns the order of the ste
 
 from __future__ import annotations
 
-import base64
-import grp
-import hashlib
-import json
 import os
 import pwd
 import secrets
 import shutil
 import socket
-import subprocess
-import tomllib
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from recvirt.nestedcloud import broker, exports
+from recvirt.nestedcloud.broker import BROKER_CENTRAL, BROKER_USER, RABBITMQCTL, password_hash, permissions
+from recvirt.nestedcloud.machine import (
+    CENTRAL,
+    WORKER,
+    Machine,
+    ProvisionError,
+    UpgradeFailedError,
+    can_log_in,
+    read,
+    run_program,
+    toml,
+    write,
+)
 from recvirt.nestedcloud.model import NAME
 from recvirt.nestedcloud.statuses import ExitStatus
 
-CENTRAL_USER, WORKER_USER, BROKER_USER = "recvirt-central", "recvirt-worker", "rabbitmq"
+__all__ = [
+    "BROKER_CENTRAL", "BROKER_USER", "RABBITMQCTL", "Machine", "ProvisionError", "UpgradeFailedError", "can_log_in",
+    "password_hash", "permissions", "read", "run_program", "toml", "write",
+]  # fmt: skip
+
+CENTRAL_USER, WORKER_USER = "recvirt-central", "recvirt-worker"
 #: Who may see uploads, and who (QEMU) may use disks and images.
 SPOOL_GROUP, DISKS_GROUP = "recvirt-spool", "recvirt-disks"
-#: The central node's account at the broker; each worker has its UUID for one.
-BROKER_CENTRAL = "central"
-#: Every host has the same node name: the broker's data carry it.
-RABBITMQCTL = (
-    # It is a node of its own while it runs, and would listen to everybody.
-    "env", "RABBITMQ_CTL_ERL_ARGS=-kernel inet_dist_use_interface {127,0,0,1}",
-    "rabbitmqctl", "-q", "-n", "rabbit@localhost",
-)  # fmt: skip
-_VHOST = "/"
-#: RabbitMQ's tools alone take minutes under emulation.
-_COMMAND_SECONDS = 1800
 _CERTIFICATE_DAYS = 3650
 _NESTED_CHECK = "recvirt-nested-check"
 #: Its status when VMs run under KVM, but can't run VMs of their own.
 _NOT_DEEPER = 14
-
-
-class ProvisionError(Exception):
-    """A step did not work; the text says which, and what the program said. ``status`` is the program's, if it ran."""
-
-    def __init__(self, message: str, status: int | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class UpgradeFailedError(ProvisionError):
-    """The database could not be brought to this version, and is as it was. Trying again gives the same."""
-
-
-#: argv, what it gets on stdin, and the user it runs as (None: root) -> its stdout.
-Run = Callable[[Sequence[str], str, str | None], str]
-
-
-def run_program(argv: Sequence[str], text: str, user: str | None) -> str:
-    """Run a program; ProvisionError with what it said. Secrets come on stdin: everybody can read a command line."""
-    words = ["runuser", "-u", user, "--", *argv] if user else list(argv)
-    try:
-        done = subprocess.run(
-            words, input=text, capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=False, cwd="/"
-        )
-    except FileNotFoundError as error:
-        raise ProvisionError(f"{error.filename} is not installed") from None
-    except subprocess.TimeoutExpired:
-        raise ProvisionError(f"{argv[0]} did not end in {_COMMAND_SECONDS} s") from None
-    if done.returncode != 0:
-        said = done.stderr.strip()[-800:] or f"status {done.returncode}"
-        raise ProvisionError(f"{' '.join(argv[:3])}: {said}", done.returncode)
-    return done.stdout
-
-
-def can_log_in(url: str) -> bool:
-    """Whether the broker takes a URL's account and password."""
-    from kombu.connection import Connection
-
-    try:
-        with Connection(url, connect_timeout=20) as connection:  # type: ignore[no-untyped-call]
-            connection.connect()
-            return True
-    except Exception:
-        # Away, refused, of another protocol: all the same here, the set-up finds out which.
-        return False
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where everything lies; tests have another root folder, and programs of their own."""
-
-    root: Path = Path("/")
-    run: Run = run_program
-    owner_of: Callable[[str], tuple[int, int]] = field(default=lambda user: pwd.getpwnam(user)[2:4])
-    tell: Callable[[str], None] = print
-    can_log_in: Callable[[str], bool] = can_log_in
-    group_of: Callable[[str], int] = field(default=lambda group: grp.getgrnam(group).gr_gid)
-
-    @property
-    def etc(self) -> Path:
-        """The configuration."""
-        return self.root / "etc/recvirt-cloud"
-
-    @property
-    def state(self) -> Path:
-        """What the central node keeps beside its database."""
-        return self.root / "var/lib/recvirt-cloud"
-
-    @property
-    def spool(self) -> Path:
-        """Uploads on their way from the API to the worker here."""
-        return self.root / "var/lib/recvirt-cloud-spool"
-
-    @property
-    def logs(self) -> Path:
-        """What serial consoles have said."""
-        return self.root / "var/log/recvirt-cloud"
-
-    @property
-    def central(self) -> Path:
-        """The central node's configuration."""
-        return self.etc / "central.toml"
-
-    @property
-    def worker(self) -> Path:
-        """The worker's configuration."""
-        return self.etc / "worker.toml"
-
-
-def write(machine: Machine, path: Path, text: str, *, reader: str | None, mode: int = 0o640) -> None:
-    """A file of root's that one service may read (its group): whole or not there, and never open to others before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "w") as stream:
-        if reader is not None:
-            os.fchown(stream.fileno(), 0 if os.geteuid() == 0 else -1, machine.owner_of(reader)[1])
-        os.fchmod(stream.fileno(), mode)
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.rename(path)
-
-
-def toml(values: Mapping[str, Any]) -> str:
-    """A flat TOML document; JSON's strings, numbers and lists are TOML's."""
-    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
-
-
-def read(path: Path) -> dict[str, Any]:
-    """What a TOML file holds; nothing when it is not there."""
-    try:
-        return tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
 
 
 def own_name() -> str:
@@ -181,22 +66,33 @@ def domain_type(machine: Machine) -> str:
 
 
 def ensure_folders(machine: Machine) -> None:
-    """The two mounts' folders, for the worker; the state, for the central node; the spool, for both; logs."""
+    """The folders of disks, for the worker; the state, for the central node; the spool, for both; logs."""
     # Whoever runs a service may look here; the files themselves say who reads which.
     machine.etc.mkdir(parents=True, exist_ok=True)
     machine.etc.chmod(0o755)
-    for path, user, group, mode in (
-        (machine.state, CENTRAL_USER, CENTRAL_USER, 0o750),
-        (machine.spool, CENTRAL_USER, SPOOL_GROUP, 0o2770),
-        # virtlogd writes there as root; what an instance left is the worker's to remove.
-        (machine.logs, WORKER_USER, WORKER_USER, 0o750),
-        (machine.root / "var/lib/recvirt/images", WORKER_USER, DISKS_GROUP, 0o2771),
-        (machine.root / "var/lib/recvirt/blocks", WORKER_USER, DISKS_GROUP, 0o2771),
-    ):
-        path.mkdir(parents=True, exist_ok=True)
-        if os.geteuid() == 0:
-            os.chown(path, machine.owner_of(user)[0], machine.group_of(group))
-        path.chmod(mode)
+    _ensure_folder(machine, machine.state, CENTRAL_USER, CENTRAL_USER, 0o750)
+    _ensure_folder(machine, machine.spool, CENTRAL_USER, SPOOL_GROUP, 0o2770)
+    # virtlogd writes there as root; what an instance left is the worker's to remove.
+    _ensure_folder(machine, machine.logs, WORKER_USER, WORKER_USER, 0o750)
+    for path in exports.folders(machine):
+        if path.name not in exports.sources(machine):
+            _ensure_folder(machine, path, WORKER_USER, DISKS_GROUP, 0o2771)
+
+
+def ensure_mounts(machine: Machine) -> None:
+    """The same of those that come from a file server, which may not let this machine's root set it."""
+    for name, source in exports.sources(machine).items():
+        try:
+            _ensure_folder(machine, machine.root / "var/lib/recvirt" / name, WORKER_USER, DISKS_GROUP, 0o2771)
+        except OSError as error:
+            machine.tell(f"{name} come from {source}, and their folder's owner can't be set: {error.strerror}")
+
+
+def _ensure_folder(machine: Machine, path: Path, user: str, group: str, mode: int) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    if os.geteuid() == 0:
+        os.chown(path, machine.owner_of(user)[0], machine.group_of(group))
+    path.chmod(mode)
 
 
 def ensure_certificate(machine: Machine) -> None:
@@ -248,106 +144,51 @@ def ensure_database(machine: Machine) -> None:
         machine.run(words, "", "postgres")
 
 
-def permissions(user: str) -> tuple[str, str, str]:
-    """What an account may configure, write to and read from (RabbitMQ's access control): its own queues, and the
-    central node's inbox. Messages reach a queue through the default exchange, which checks the queue's name.
-    """
-    if user == BROKER_CENTRAL:
-        return ".*", ".*", ".*"
-    own = rf"worker\.{user}(\.console)?"
-    return f"^{own}$", rf"^({own}|central|amq\.default|celery)$", f"^{own}$"
-
-
-def password_hash(password: str) -> str:
-    """What RabbitMQ keeps of a password ("Computing password hashes" in its documentation): salted SHA-256."""
-    salt = secrets.token_bytes(4)
-    return base64.b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode()
-
-
-def definitions(passwords: Mapping[str, str]) -> str:
-    """Accounts and permissions as a document that RabbitMQ imports at once; again, it changes what is different."""
-    names = ("configure", "write", "read")
-    return json.dumps({
-        "users": [
-            {"name": user, "password_hash": password_hash(password), "tags": [],
-             "hashing_algorithm": "rabbit_password_hashing_sha256"}
-            for user, password in passwords.items()
-        ],
-        "permissions": [
-            {"user": user, "vhost": _VHOST, **dict(zip(names, permissions(user), strict=True))} for user in passwords
-        ],
-    })  # fmt: skip
-
-
-def ensure_broker(machine: Machine, passwords: Mapping[str, str]) -> None:
-    """RabbitMQ with our accounts and without its well-known one. Its own tools are slow, so a login is tried first."""
-    machine.run(["systemctl", "start", "rabbitmq-server.service"], "", None)
-    urls = [_broker_url(user, password) for user, password in passwords.items()]
-    # What an older version allowed is brought to this one's.
-    stamp = machine.etc / "broker-permissions.json"
-    allowed = json.dumps({user: permissions(user) for user in passwords})
-    is_known = stamp.exists() and stamp.read_text() == allowed
-    if not is_known or not all(machine.can_log_in(url) for url in urls):
-        machine.tell("making the accounts at the broker")
-        path = machine.root / "run/recvirt-cloud-accounts.json"
-        write(machine, path, definitions(passwords), reader=BROKER_USER)
-        try:
-            machine.run([*RABBITMQCTL, "import_definitions", str(path)], "", None)
-        finally:
-            path.unlink()
-        write(machine, stamp, allowed, reader=None)
-    if machine.can_log_in(_broker_url("guest", "guest")):
-        machine.run([*RABBITMQCTL, "delete_user", "guest"], "", None)
-
-
-def _password_of(url: str) -> str:
-    """The password in a broker's URL that was written here before."""
-    from urllib.parse import urlsplit
-
-    return urlsplit(url).password or ""
-
-
-def _broker_url(user: str, password: str) -> str:
-    return f"amqp://{user}:{password}@127.0.0.1:5672//"
-
-
 def _complete(machine: Machine, path: Path, before: Mapping[str, Any], wanted: Mapping[str, Any], reader: str) -> None:
+    # What an older version wrote keeps its values, and gets those that it did not know.
     if not set(wanted) <= set(before):
         write(machine, path, toml({**wanted, **before}), reader=reader)
 
 
-def configure(machine: Machine) -> dict[str, str]:
-    """Both configurations, with secrets of their own; the broker's passwords by account."""
-    before_central, before_worker = read(machine.central), read(machine.worker)
-    cloud = before_central.get("cloud") or str(uuid.uuid4())
-    worker = before_worker.get("uuid") or str(uuid.uuid4())
-    passwords = {
-        BROKER_CENTRAL: _password_of(before_central.get("broker", "")) or secrets.token_urlsafe(32),
-        worker: _password_of(before_worker.get("broker", "")) or secrets.token_urlsafe(32),
-    }
+def configure_central(machine: Machine) -> None:
+    """The central node's configuration, with secrets of its own."""
+    before = read(machine.central)
+    password = broker.password_of(before.get("broker", "")) or secrets.token_urlsafe(32)
     key_path = machine.etc / "secret-key"
     if not key_path.exists():
         write(machine, key_path, secrets.token_urlsafe(48), reader=CENTRAL_USER)
-    # What an older version wrote keeps its values, and gets those that it did not know.
-    _complete(machine, machine.worker, before_worker, {
-        "uuid": worker, "name": own_name(), "cloud": cloud, "broker": _broker_url(worker, passwords[worker]),
-        "libvirt": "qemu:///system", "domain_type": before_worker.get("domain_type") or domain_type(machine),
+    _complete(machine, machine.central, before, {
+        "cloud": str(uuid.uuid4()), "database": f"postgresql:{CENTRAL_USER}",
+        "broker": broker.url(BROKER_CENTRAL, password), "secret_key_path": str(key_path),
+        "state_dir": str(machine.state), "spool_dir": str(machine.spool), "allowed_hosts": ["*"],
+    }, CENTRAL_USER)  # fmt: skip
+
+
+def configure_worker(machine: Machine) -> None:
+    """The configuration of the worker on the central node's own machine."""
+    before, central = read(machine.worker), read(machine.central)
+    worker = before.get("uuid") or str(uuid.uuid4())
+    password = broker.password_of(before.get("broker", "")) or secrets.token_urlsafe(32)
+    _complete(machine, machine.worker, before, {
+        "uuid": worker, "name": own_name(), "cloud": central["cloud"], "broker": broker.url(worker, password),
+        "libvirt": "qemu:///system", "domain_type": before.get("domain_type") or domain_type(machine),
         "images_dir": "/var/lib/recvirt/images", "blocks_dir": "/var/lib/recvirt/blocks",
         "run_dir": "/run/recvirt-worker", "spool_dir": str(machine.spool),
         "log_dir": str(machine.logs),
     }, WORKER_USER)  # fmt: skip
-    _complete(machine, machine.central, before_central, {
-        "cloud": cloud, "database": f"postgresql:{CENTRAL_USER}",
-        "broker": _broker_url(BROKER_CENTRAL, passwords[BROKER_CENTRAL]), "secret_key_path": str(key_path),
-        "state_dir": str(machine.state), "spool_dir": str(machine.spool), "allowed_hosts": ["*"],
-    }, CENTRAL_USER)  # fmt: skip
-    return passwords
+
+
+def has_joined_another(machine: Machine) -> bool:
+    """Whether the worker here belongs to another machine's cloud."""
+    return read(machine.worker).get("cloud", read(machine.central).get("cloud")) != read(machine.central).get("cloud")
 
 
 def login_here(machine: Machine) -> Path:
     """Write an access file with an administrator's token for the user behind sudo; its path."""
     from recvirt.nestedcloud.client.api import Access
 
+    if CENTRAL not in machine.roles:
+        raise ProvisionError("this machine is no central node; log in there, or from anywhere: recvirt-cloud login URL")
     name = os.environ.get("SUDO_USER") or "root"
     program = shutil.which("recvirt-cloud") or "recvirt-cloud"
     token = machine.run([program, "central", "token", "--name", f"{name} on {own_name()}"], "", CENTRAL_USER).strip()
@@ -363,13 +204,39 @@ def login_here(machine: Machine) -> Path:
     return path
 
 
+def prepare(machine: Machine) -> None:
+    """What has to be there before a broker or a file server starts: configuration, tunnel, and who listens in it."""
+    ensure_folders(machine)
+    if CENTRAL in machine.roles:
+        configure_central(machine)
+        exports.ensure(machine, uuid.UUID(read(machine.central)["cloud"]))
+
+
 def setup(machine: Machine) -> None:
     """Everything, in order. ProvisionError when a step does not work; the next run starts where this one stopped."""
-    ensure_folders(machine)
+    if not machine.roles:
+        raise ProvisionError("neither recvirt-cloud-central nor recvirt-cloud-worker is installed")
+    prepare(machine)
+    if CENTRAL in machine.roles:
+        _setup_central(machine)
+    elif machine.worker.exists():
+        machine.tell("this machine is a worker of a cloud elsewhere")
+    else:
+        machine.tell("this machine has joined no cloud yet: recvirt-cloud worker join")
+
+
+def _setup_central(machine: Machine) -> None:
+    ensure_mounts(machine)
     ensure_certificate(machine)
-    passwords = configure(machine)
+    accounts, words = [machine.central], []
+    if WORKER in machine.roles and has_joined_another(machine):
+        machine.tell("the worker here has joined another cloud, and is none of this one's")
+    elif WORKER in machine.roles:
+        configure_worker(machine)
+        worker = read(machine.worker)
+        accounts, words = [*accounts, machine.worker], ["--worker", worker["uuid"], "--name", worker["name"]]
     ensure_database(machine)
-    ensure_broker(machine, passwords)
+    broker.ensure_broker(machine, dict(broker.account_of(read(path)["broker"]) for path in accounts))
     program = shutil.which("recvirt-cloud") or "recvirt-cloud"
     try:
         machine.run([program, "central", "migrate"], "", CENTRAL_USER)
@@ -377,6 +244,5 @@ def setup(machine: Machine) -> None:
         if error.status == ExitStatus.UPGRADE:
             raise UpgradeFailedError(str(error), error.status) from None
         raise
-    worker = read(machine.worker)
-    machine.run([program, "central", "init", "--worker", worker["uuid"], "--name", worker["name"]], "", CENTRAL_USER)
+    machine.run([program, "central", "init", *words], "", CENTRAL_USER)
     machine.tell("the cloud is set up")

@@ -55,21 +55,29 @@ def packages_wanted(
 
 
 def own_packages(names: Iterable[str]) -> frozenset[str]:
-    """Which packages of ours an image gets that asks for these names."""
-    ours = {path.parent.name for path in data_path("packages").glob("*/DEBIAN")}
-    return frozenset(ours & {*ALWAYS, *names})
+    """Which packages of ours an image gets that asks for these names, with those of ours that they depend on."""
+    folder = data_path("packages")
+    ours = {path.parent.name for path in folder.glob("*/DEBIAN")}
+    wanted = ours & {*ALWAYS, *names}
+    while more := (ours & _depends(folder, wanted)) - wanted:
+        wanted |= more
+    return frozenset(wanted)
+
+
+def _depends(folder: Path, packages: Iterable[str]) -> set[str]:
+    names = set()
+    for control in (folder / package / "DEBIAN/control" for package in packages):
+        for match in _DEPENDS.finditer(control.read_text()):
+            for clause in match["value"].replace("\n", " ").split(","):
+                names.add(re.split(r"[\s(|:\[]", clause.strip(), maxsplit=1)[0])
+    return names - {""}
 
 
 def depends_of(folder: Path, packages: Collection[str]) -> tuple[str, ...]:
-    """What these package folders below ``folder`` depend on: the first of alternatives, without versions."""
-    ours = {path.name for path in folder.iterdir()}
-    names: set[str] = set()
-    for control in sorted(folder / package / "DEBIAN/control" for package in packages):
-        for match in _DEPENDS.finditer(control.read_text()):
-            for clause in match["value"].replace("\n", " ").split(","):
-                name = re.split(r"[\s(|:\[]", clause.strip(), maxsplit=1)[0]
-                names |= {name} if name else set()
-    return tuple(sorted(names - ours))
+    """What these package folders below ``folder`` depend on, but for each other: the first of alternatives, without
+    versions.
+    """
+    return tuple(sorted(_depends(folder, packages) - {path.name for path in folder.iterdir()}))
 
 
 def missing_basics(profile: Profile, installed: frozenset[str]) -> list[Problem]:

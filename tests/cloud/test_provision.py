@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from recvirt.data import data_path
-from recvirt.nestedcloud import provision
+from recvirt.nestedcloud import broker, exports, provision, tunnel
 from recvirt.nestedcloud.central import config as central_config
 from recvirt.nestedcloud.central.bodies import BODY_BYTES_MAX
 from recvirt.nestedcloud.provision import Machine, ProvisionError, password_hash, permissions
@@ -34,6 +36,8 @@ class Programs:
         self.clusters = ""
         self.rows: set[str] = set()
         self.fails: tuple[str, int] | None = None
+        self.interface = ""
+        self.listens = True
 
     def __call__(self, argv: Sequence[str], text: str, user: str | None) -> str:
         self.calls.append((tuple(argv), text, user))
@@ -43,6 +47,10 @@ class Programs:
         if argv[0] == "openssl":
             for option in ("-keyout", "-out"):
                 Path(argv[argv.index(option) + 1]).write_text("pem")
+        elif argv[0] == "ip":
+            return self.interface
+        elif words == "systemctl restart rabbitmq-server.service":
+            self.listens = True
         elif argv[0] == "pg_lsclusters":
             return self.clusters
         elif argv[0] == "pg_createcluster":
@@ -67,6 +75,8 @@ class Programs:
     def can_log_in(self, url: str) -> bool:
         """As RabbitMQ does: the salt is the first four bytes."""
         parts = urlsplit(url)
+        if parts.hostname != "127.0.0.1" and not self.listens:
+            return False
         raw = base64.b64decode(self.users.get(parts.username or "", ""))
         return raw[4:] == hashlib.sha256(raw[:4] + (parts.password or "").encode()).digest()
 
@@ -80,13 +90,31 @@ def programs(tmp_path: Path) -> Programs:
     return Programs(tmp_path)
 
 
+def has_roles(machine: Machine, *roles: str) -> None:
+    """Packages of these roles, and no others, are installed."""
+    folder = machine.root / "usr/lib/recvirt-cloud/roles"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for role in roles:
+        (folder / role).touch()
+
+
 @pytest.fixture
-def machine(programs: Programs) -> Machine:
+def machine(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """One of a cloud of one machine, whose tunnel comes up."""
+
+    def ensure_central(where: Machine, cloud: uuid.UUID) -> None:
+        programs.interface = f"5: recvirt0    inet6 {tunnel.central_address(cloud)}/64 scope global\n"
+        provision.write(where, where.etc / "tunnel/tunnel.json", "{}", reader=None, mode=0o600)
+
+    monkeypatch.setattr(tunnel, "ensure_central", ensure_central)
     (programs.root / "run").mkdir()
     owner = (os.geteuid(), os.getegid())
-    return Machine(
+    made = Machine(
         programs.root, programs, lambda _user: owner, lambda _text: None, programs.can_log_in, lambda _group: owner[1]
     )
+    has_roles(made, "central", "worker")
+    return made
 
 
 def test_both_services_can_read_their_configuration_afterwards(machine: Machine) -> None:
@@ -171,7 +199,7 @@ def test_what_an_older_version_allowed_at_the_broker_is_brought_to_this_one_s(
     machine: Machine, programs: Programs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as older:
-        older.setattr(provision, "permissions", lambda user: ("^old$", "^old$", f"^{user}$"))
+        older.setattr(broker, "permissions", lambda user: ("^old$", "^old$", f"^{user}$"))
         provision.setup(machine)
     worker = service.load(machine.worker)
     accounts = dict(programs.users)
@@ -235,7 +263,77 @@ def test_an_older_configuration_keeps_its_values_and_gets_what_it_lacks(machine:
 
 
 def test_the_front_lets_through_what_the_api_takes() -> None:
-    text = data_path("packages", "recvirt-cloud", "root", "usr", "share", "recvirt-cloud", "nginx.conf").read_text()
+    text = (data_path("packages") / "recvirt-cloud-central/root/usr/share/recvirt-cloud/nginx.conf").read_text()
     found = re.search(r"client_max_body_size (\d+)k;", text)
     assert found is not None
     assert int(found[1]) * 1024 == BODY_BYTES_MAX
+
+
+# --- roles
+
+
+def test_a_central_node_has_no_worker_of_its_own(machine: Machine, programs: Programs) -> None:
+    has_roles(machine, "central")
+    provision.setup(machine)
+    assert not machine.worker.exists() and not programs.named("recvirt-nested-check")
+    assert set(programs.users) == {"central"}
+    init = [argv for argv, _, _ in programs.calls if "init" in argv]
+    assert [argv[-2:] for argv in init] == [("central", "init")]
+    # What is added later joins by itself.
+    has_roles(machine, "central", "worker")
+    provision.setup(machine)
+    worker = service.load(machine.worker)
+    assert worker.cloud == central_config.load(machine.central).cloud and worker.uuid in programs.users
+
+
+def test_a_worker_has_nothing_to_do_before_it_has_joined(machine: Machine, programs: Programs) -> None:
+    has_roles(machine, "worker")
+    told: list[str] = []
+    provision.setup(replace(machine, tell=told.append))
+    assert programs.calls == [] and not list(machine.etc.iterdir())
+    assert machine.logs.is_dir() and machine.spool.is_dir() and "recvirt-cloud worker join" in told[-1]
+    machine.worker.write_text('cloud = "c"\n')
+    provision.setup(machine)
+    assert programs.calls == [] and machine.worker.read_text() == 'cloud = "c"\n'
+    with pytest.raises(ProvisionError, match="no central node"):
+        provision.login_here(machine)
+
+
+def test_without_a_role_there_is_no_set_up(machine: Machine, programs: Programs) -> None:
+    has_roles(machine)
+    with pytest.raises(ProvisionError, match="recvirt-cloud-central"):
+        provision.setup(machine)
+    assert programs.calls == []
+
+
+def test_a_worker_of_another_cloud_stays_there(machine: Machine, programs: Programs) -> None:
+    machine.etc.mkdir(parents=True)
+    machine.worker.write_text(text := f'cloud = "{uuid.uuid4()}"\nbroker = "amqp://w:p@[fd00::1]:5672//"\n')
+    provision.setup(machine)
+    assert machine.worker.read_text() == text and set(programs.users) == {"central"}
+
+
+def test_a_worker_s_mounted_folders_are_left_to_their_server(machine: Machine, tmp_path: Path) -> None:
+    (tmp_path / "etc/recvirt").mkdir(parents=True)
+    (tmp_path / "etc/recvirt/nfs.conf").write_text("IMAGES_SOURCE=[fd00::1]:/var/lib/recvirt/images\nBLOCKS_SOURCE=\n")
+    has_roles(machine, "worker")
+    provision.setup(machine)
+    assert [path.exists() for path in exports.folders(machine)] == [False, True]
+
+
+def test_a_file_server_that_keeps_its_owners_stops_nothing(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "etc/recvirt").mkdir(parents=True)
+    (tmp_path / "etc/recvirt/nfs.conf").write_text("IMAGES_SOURCE='nas:/images'\r\n")
+    told: list[str] = []
+    made = Path.chmod
+
+    def chmod(path: Path, mode: int, **more: bool) -> None:
+        if path.name == "images":
+            raise PermissionError(1, "Operation not permitted")
+        made(path, mode, **more)
+
+    monkeypatch.setattr(Path, "chmod", chmod)
+    provision.setup(replace(machine, tell=told.append))
+    assert any("nas:/images" in line and "not permitted" in line for line in told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,6 +60,18 @@ def test_listeners(tmp_path: Path) -> None:
         "udp UNCONN 0 0 [::]:5355 [::]:*",
     ):
         rejects(tmp_path, "listening-sockets", {"ss -H": LISTENERS + row + "\n"}, row.split()[4])
+
+
+def test_listeners_of_a_central_node(tmp_path: Path) -> None:
+    central = Promises(packages=("recvirt-cloud-central",))
+    rows = LISTENERS + (
+        "tcp LISTEN 0 511 [::]:443 [::]:*\nudp UNCONN 0 0 0.0.0.0:51820 0.0.0.0:*\n"
+        "tcp LISTEN 0 64 [fd81:2:3::1]:2049 [::]:*\ntcp LISTEN 0 128 [fd81:2:3::1]:5672 [::]:*\n"
+    )
+    assert run(tmp_path, "listening-sockets", {"ss -H": rows}, promised=central)
+    rejects(tmp_path, "listening-sockets", {"ss -H": rows}, "443")
+    for row in ("tcp LISTEN 0 64 *:2049 *:*", "tcp LISTEN 0 9 [2001:db8::1]:5672 [::]:*", "tcp LISTEN 0 9 *:5432 *:*"):
+        rejects(tmp_path, "listening-sockets", {"ss -H": f"{rows}{row}\n"}, row.split()[4], promised=central)
 
 
 def test_foreign_keys(tmp_path: Path) -> None:
@@ -267,3 +280,77 @@ def test_what_listens_outside_is_told_from_what_is_for_instances() -> None:
     assert set(found) == {("tcp", 443), ("tcp", 22), ("udp", 68)}
     assert "nginx" in found["tcp", 443]
     assert ("udp", 53) in nestedcloud.listeners(text, [])
+
+
+_RULES = "table inet recvirt_cloud { chain input { type filter hook input priority filter; policy drop; } }"
+_CENTRAL = Promises(packages=("recvirt-cloud-central",))
+_WORKER = Promises(packages=("recvirt-cloud-worker",))
+
+
+def _closed(listening: str, rules: str | tuple[int, str] = _RULES) -> dict[str, str | tuple[int, str]]:
+    links = '[{"ifname": "recvirt0", "addr_info": [{"local": "fd81::1"}]}, {"ifname": "eth0"}]'
+    return {"ip -json": links, "ss -H": listening, "nft list": rules}
+
+
+_SSH = "tcp LISTEN 0 128 0.0.0.0:22 0.0.0.0:*\n"
+_API = "tcp LISTEN 0 511 [::]:443 [::]:*\n"
+_TUNNEL = "tcp LISTEN 0 64 [fd81::1]:2049 [::]:*\nudp UNCONN 0 0 0.0.0.0:51820 0.0.0.0:*\n"
+
+
+@pytest.mark.parametrize(("promises", "listening", "words"), [
+    (_CENTRAL, _SSH + _API + _TUNNEL, ""),
+    (_CENTRAL, _SSH + _TUNNEL, "nothing listens on port 443"),
+    (_CENTRAL, _SSH + _API + "tcp LISTEN 0 64 [::]:2049 [::]:*\n", "2049/tcp"),
+    (_WORKER, _SSH, ""),
+    (_WORKER, _SSH + _API, "443/tcp"),
+])  # fmt: skip
+def test_what_may_listen_is_what_the_roles_of_an_image_need(
+    tmp_path: Path, promises: Promises, listening: str, words: str
+) -> None:
+    looked_at = guest(tmp_path, _closed(listening), promises=promises)
+    if not words:
+        assert "22/tcp" in nestedcloud.cloud_is_closed(looked_at)
+        return
+    with pytest.raises(Failed, match=words):
+        nestedcloud.cloud_is_closed(looked_at)
+
+
+@pytest.mark.parametrize("rules", [(1, "No such file or directory"), "chain input { policy accept; }"])
+def test_a_cloud_without_its_firewall_is_open(tmp_path: Path, rules: str | tuple[int, str]) -> None:
+    with pytest.raises(Failed, match="not in force"):
+        nestedcloud.cloud_is_closed(guest(tmp_path, _closed(_SSH, rules), promises=_WORKER))
+
+
+@pytest.mark.parametrize(("promises", "left"), [
+    (_CENTRAL, {"cloud-is-set-up", "cloud-is-closed", "cloud-keeps-its-secrets"}), (_WORKER, {"cloud-is-closed"}),
+])  # fmt: skip
+def test_what_another_role_is_for_is_skipped(tmp_path: Path, promises: Promises, left: set[str]) -> None:
+    asked = set()
+    for check in (check for check in CHECKS.values() if check.scene == "cloud"):
+        try:
+            check.function(guest(tmp_path, {}, promises=promises))
+        except Skipped as error:
+            assert "the image is no " in str(error)
+        except AssertionError:
+            # It wanted to know something of the guest.
+            asked.add(check.name)
+    assert asked == left
+
+
+@pytest.mark.parametrize(("health", "good"), [
+    ({"database": "ok", "workers": "none is up"}, True), ({"database": "ok", "broker": "away", "workers": "ok"}, False),
+])  # fmt: skip
+def test_a_central_node_is_healthy_without_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, health: dict[str, str], good: bool
+) -> None:
+    status = json.dumps({"healthy": False, "health": health, "version": "1", "workers": {"up": 0}})
+    answers: dict[str, str | tuple[int, str]] = {
+        "is-active": "active", "login-here": "", "recvirt-cloud status": (1, status), "systemctl": "",
+    }  # fmt: skip
+    monkeypatch.setattr(nestedcloud, "wait_for", lambda _guest, what, look, *_: look() or pytest.fail(what))
+    looked_at = guest(tmp_path, answers, promises=_CENTRAL)
+    if good:
+        assert "0 worker up" in nestedcloud.cloud_is_set_up(looked_at)
+    else:
+        with pytest.raises(pytest.fail.Exception):
+            nestedcloud.cloud_is_set_up(looked_at)

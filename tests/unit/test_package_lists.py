@@ -84,7 +84,8 @@ def test_any_text_gives_entries_or_problems(text: str) -> None:
 
 def test_the_shipped_lists_are_the_promised_ones() -> None:
     assert set(shipped_names("package-lists")) == {
-        "base", "bench", "cloud", "debug", "kvm-host", "nested-cloud", "nfs",
+        "base", "bench", "cloud", "debug", "kvm-host", "nested-cloud", "nested-cloud-central", "nested-cloud-worker",
+        "nfs",
     }  # fmt: skip
 
 

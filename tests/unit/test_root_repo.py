@@ -106,14 +106,27 @@ def test_dependencies_of_our_packages_are_read(tmp_path: Path) -> None:
 
 
 def test_dependencies_of_the_shipped_packages_are_names() -> None:
-    names = depends_of(data_path("packages"), own_packages(["recvirt-cloud"]))
+    names = depends_of(data_path("packages"), own_packages(["recvirt-cloud-central"]))
     assert "python3-django" in names and all(name and name == name.strip() for name in names)
     assert depends_of(data_path("packages"), own_packages(["vim"])) == ()
 
 
 def test_our_packages_go_where_they_are_named() -> None:
     assert own_packages(["vim"]) == {"recvirt-boot", "recvirt-nested-check"}
-    assert own_packages(["recvirt-cloud"]) == {"recvirt-boot", "recvirt-nested-check", "recvirt-cloud"}
+    always = {"recvirt-boot", "recvirt-nested-check"}
+    assert own_packages(["recvirt-cloud"]) == {*always, "recvirt-cloud"}
+    # And bring those of ours that they depend on.
+    assert own_packages(["recvirt-cloud-worker"]) == {*always, "recvirt-cloud", "recvirt-cloud-worker"}
+
+
+def test_a_role_brings_what_the_other_alone_needs_nowhere() -> None:
+    names = {
+        role: set(depends_of(data_path("packages"), own_packages([f"recvirt-cloud-{role}"])))
+        for role in ("central", "worker")
+    }
+    assert {"postgresql", "rabbitmq-server", "nginx-light", "nfs-kernel-server"} <= names["central"] - names["worker"]
+    assert {"libvirt-daemon-system", "qemu-system-x86", "nfs-common"} <= names["worker"] - names["central"]
+    assert {"wireguard-tools", "nftables"} <= names["central"] & names["worker"]
 
 
 def test_promises_without_packages_are_faults() -> None:

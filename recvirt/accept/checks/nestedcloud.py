@@ -6,31 +6,56 @@ in KVM's own counters, and inside the instance, over SSH and HTTP.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import secrets
 import shlex
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from recvirt.accept.guest import Guest
 from recvirt.accept.registry import check
-from recvirt.accept.results import Failed
+from recvirt.accept.results import Failed, Skipped
 from recvirt.accept.tinyvm import EXITS_MIN, sum_exits
 
+#: Our packages, by what they make of a machine. An image that has one of them carries a part of the Nested Cloud.
+ROLES = {"recvirt-cloud-central": "central node", "recvirt-cloud-worker": "worker"}
 #: How the instance that most checks share is called.
 INSTANCE = "web"
 VOLUME = "data"
-#: What may be reached from outside: SSH, the API, and the workers' network.
-OPEN_PORTS = {("tcp", 22), ("tcp", 443), ("udp", 51820), ("udp", 68)}
+#: What may be reached from outside: SSH, the machines' tunnel, and, of a central node, the API.
+OPEN_PORTS = {("tcp", 22), ("udp", 68), ("udp", 51820)}
+CENTRAL_PORTS = {("tcp", 443)}
 #: Files that the test user may not read.
-SECRETS = ("central.toml", "worker.toml", "secret-key", "tls/key.pem")
-#: Interfaces of instances and of workers' tunnels begin like these.
-_INNER = ("virbr", "rv", "wg")
+SECRETS = ("central.toml", "secret-key", "tls/key.pem", "tunnel/key")
+WORKER_SECRETS = ("worker.toml",)
+#: Interfaces of instances and of the tunnel between machines begin like these.
+_INNER = ("virbr", "rv", "recvirt")
 _OPERATION_SECONDS = 120
 _KEY = "~/.ssh/recvirt-instance"
 _SCHEDULE_SECONDS = 60
+
+
+def roles_of(guest: Guest) -> set[str]:
+    """What the image is of a cloud."""
+    return {role for package, role in ROLES.items() if package in guest.acceptance.promises.packages}
+
+
+def cloud_check(name: str, *wanted: str) -> Callable[[Callable[[Guest], str]], Callable[[Guest], str]]:
+    """A check for images that are all of ``wanted``; without any, for every part of a cloud."""
+
+    def register(function: Callable[[Guest], str]) -> Callable[[Guest], str]:
+        @functools.wraps(function)
+        def looked_at(guest: Guest) -> str:
+            if missing := sorted(set(wanted) - roles_of(guest)):
+                raise Skipped(f"the image is no {' and no '.join(missing)}")
+            return function(guest)
+
+        return check(name, "cloud")(looked_at)
+
+    return register
 
 
 def cloud(guest: Guest, *words: str) -> Any:
@@ -77,25 +102,30 @@ def listeners(text: str, inner: Collection[str]) -> dict[tuple[str, int], str]:
     return found
 
 
-@check("cloud-is-set-up", "cloud")
+@cloud_check("cloud-is-set-up", "central node")
 def cloud_is_set_up(guest: Guest) -> str:
-    """The first boot makes a cloud that finds itself healthy, with a worker that is up"""
+    """The first boot makes a cloud that finds itself healthy, with a worker that is up where it has one"""
     guest.out("systemctl is-active recvirt-cloud-setup.service")
     guest.out("sudo recvirt-cloud login-here", root=False, seconds=120)
+    here = "worker" in roles_of(guest)
 
     def healthy() -> Any:
         said = guest.run("recvirt-cloud status --json", root=False)
-        found = json.loads(said.stdout) if said.status == 0 and said.stdout else {}
-        return found if found.get("healthy") and found.get("workers", {}).get("up") else None
+        found = json.loads(said.stdout) if said.status in (0, 1) and said.stdout else {}
+        if here:
+            return found if found.get("healthy") and found.get("workers", {}).get("up") else None
+        # Nobody has joined it yet.
+        wrong = {part for part, state in found.get("health", {"API": "no answer"}).items() if state != "ok"}
+        return found if wrong <= {"workers"} else None
 
-    found = wait_for(guest, "a healthy cloud with a worker", healthy)
+    found = wait_for(guest, "a healthy cloud with a worker" if here else "a healthy central node", healthy)
     failed = guest.failed_units()
     if failed:
         raise Failed(f"failed: {', '.join(failed)}")
     return f"version {found['version']}, {found['workers']['up']} worker up"
 
 
-@check("cloud-is-closed", "cloud")
+@cloud_check("cloud-is-closed")
 def cloud_is_closed(guest: Guest) -> str:
     """From outside, SSH, the API and the workers' network can be reached, and nothing else"""
     addresses = guest.json("ip -json addr show")
@@ -103,26 +133,34 @@ def cloud_is_closed(guest: Guest) -> str:
         info["local"] for link in addresses if link["ifname"].startswith(_INNER) for info in link.get("addr_info", ())
     ]
     found = listeners(guest.out("ss -Hltnup"), inner)
-    if ("tcp", 443) not in found:
+    is_central = "central node" in roles_of(guest)
+    if is_central and ("tcp", 443) not in found:
         raise Failed("nothing listens on port 443")
-    wrong = sorted(set(found) - OPEN_PORTS)
+    wrong = sorted(set(found) - OPEN_PORTS - (CENTRAL_PORTS if is_central else set()))
     if wrong:
         raise Failed("; ".join(f"{port}/{protocol}: {found[protocol, port]}" for protocol, port in wrong))
+    # Who listens is one thing; instances and the tunnel reach what is for them alone by the firewall.
+    rules = guest.run("nft list chain inet recvirt_cloud input")
+    if rules.status != 0 or "policy drop" not in rules.stdout:
+        raise Failed(f"the firewall is not in force: {rules.stderr.strip() or rules.stdout[:200]}")
     return ", ".join(f"{port}/{protocol}" for protocol, port in sorted(found))
 
 
-@check("cloud-keeps-its-secrets", "cloud")
+@cloud_check("cloud-keeps-its-secrets", "central node")
 def cloud_keeps_its_secrets(guest: Guest) -> str:
     """Secrets are made at the first boot, are nobody else's to read, and stand in no log"""
-    for name in SECRETS:
+    here = "worker" in roles_of(guest)
+    names = (*SECRETS, *(WORKER_SECRETS if here else ()))
+    for name in names:
         path = f"/etc/recvirt-cloud/{name}"
         if guest.run(f"test -s {path}").status != 0:
             raise Failed(f"{path} is not there")
         if guest.run(f"head -c 1 {path}", root=False).status == 0:
             raise Failed(f"an ordinary user can read {path}")
-    password = guest.out("sed -n 's|^broker = .*://[^:]*:\\([^@]*\\)@.*|\\1|p' /etc/recvirt-cloud/worker.toml")
+    path = f"/etc/recvirt-cloud/{'worker' if here else 'central'}.toml"
+    password = guest.out(f"sed -n 's|^broker = .*://[^:]*:\\([^@]*\\)@.*|\\1|p' {path}")
     if not password:
-        raise Failed("the worker has no password for the broker")
+        raise Failed(f"{path} has no password for the broker")
     # Not on a command line: it would be in the log of this very look.
     told = guest.run(
         "sed -n 's|^broker = .*://[^:]*:\\([^@]*\\)@.*|\\1|p' /etc/recvirt-cloud/*.toml > /run/recvirt-words;"
@@ -130,7 +168,7 @@ def cloud_keeps_its_secrets(guest: Guest) -> str:
     )
     if told.stdout.strip() != "0":
         raise Failed(f"the broker's password stands in {told.stdout.strip()} lines of the journal")
-    return f"{len(SECRETS)} files"
+    return f"{len(names)} files"
 
 
 def address_of(guest: Guest, name: str) -> str:
@@ -169,7 +207,7 @@ def domain_of(guest: Guest, name: str) -> str:
     return f"{name}-{cloud(guest, 'show', name)['uuid'][:8]}"
 
 
-@check("cloud-launches-under-kvm", "cloud")
+@cloud_check("cloud-launches-under-kvm", *ROLES.values())
 def cloud_launches_under_kvm(guest: Guest) -> str:
     """An instance that the cloud launched runs under KVM, lets its key's owner in, and serves a page"""
     guest.out(f"test -e {_KEY} || ssh-keygen -q -t ed25519 -N '' -f {_KEY}", root=False)
@@ -194,7 +232,7 @@ def cloud_launches_under_kvm(guest: Guest) -> str:
     return f"its page came over the network; KVM counted {exits} exits"
 
 
-@check("cloud-rescales-live", "cloud")
+@cloud_check("cloud-rescales-live", *ROLES.values())
 def cloud_rescales_live(guest: Guest) -> str:
     """A running instance gets another processor and keeps running"""
     before = inside(guest, "cat /proc/sys/kernel/random/boot_id; nproc").split()
@@ -209,7 +247,7 @@ def cloud_rescales_live(guest: Guest) -> str:
     return f"from 1 to 2 processors, {how}"
 
 
-@check("cloud-reverts-to-a-snapshot", "cloud")
+@cloud_check("cloud-reverts-to-a-snapshot", *ROLES.values())
 def cloud_reverts_to_a_snapshot(guest: Guest) -> str:
     """What was written after a snapshot is gone when the instance goes back to it"""
     inside(guest, "echo before > /root/word && sync")
@@ -232,7 +270,7 @@ def _device(guest: Guest) -> str:
     return str(wait_for(guest, "the volume in the instance", lambda: inside(guest, look)))
 
 
-@check("cloud-gives-volumes", "cloud")
+@cloud_check("cloud-gives-volumes", *ROLES.values())
 def cloud_gives_volumes(guest: Guest) -> str:
     """A volume comes formatted, is attached to a running instance, and grows with its file system"""
     operation(guest, "volume", "allocate", VOLUME, "--size", "200M", "--near", INSTANCE)
@@ -256,7 +294,7 @@ def cloud_gives_volumes(guest: Guest) -> str:
     return f"ext4, {small} KiB, then {found[1]} KiB with the same file"
 
 
-@check("cloud-keeps-appointments", "cloud")
+@cloud_check("cloud-keeps-appointments", *ROLES.values())
 def cloud_keeps_appointments(guest: Guest) -> str:
     """A launch that is scheduled a minute ahead happens then, and not before"""
     at = int(guest.out("date +%s")) + _SCHEDULE_SECONDS
@@ -278,7 +316,7 @@ def cloud_keeps_appointments(guest: Guest) -> str:
     return f"begun {created - at} s after its time"
 
 
-@check("cloud-survives-a-power-cut", "cloud")
+@cloud_check("cloud-survives-a-power-cut", *ROLES.values())
 def cloud_survives_a_power_cut(guest: Guest) -> str:
     """After the power was cut, the cloud, its instances and their disks come back by themselves"""
     word = secrets.token_hex(16)

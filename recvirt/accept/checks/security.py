@@ -103,11 +103,15 @@ LISTENERS = {
 }
 #: On libvirt's bridges only: dnsmasq.
 BRIDGE_LISTENERS = {("tcp", 53), ("udp", 53), ("udp", 67)}
+#: With the Nested Cloud's central node; and on the address of its tunnel, an IPv6 unique local one.
+CENTRAL_LISTENERS = {("tcp", 443), ("udp", 51820)}
+TUNNEL_LISTENERS = {("tcp", 2049), ("tcp", 5672)}
 
 
 @check("listening-sockets", "first")
 def listening_sockets(guest: Guest) -> str:
-    """Nothing listens to the network but sshd and the DHCP client"""
+    """Nothing listens to the network but sshd, the DHCP client, and what a central node offers"""
+    is_central = "recvirt-cloud-central" in guest.acceptance.promises.packages
     unexpected = []
     rows = guest.out("ss -H -l -t -u -n -p").splitlines()
     for row in rows:
@@ -119,6 +123,9 @@ def listening_sockets(guest: Guest) -> str:
         key = (protocol, int(port))
         on_bridge = re.search(r"%virbr\d+$", address) or re.match(r"192\.168\.\d+\.1$", address)
         if key in LISTENERS or (on_bridge and key in BRIDGE_LISTENERS):
+            continue
+        in_tunnel = address.startswith("[fd") and key in TUNNEL_LISTENERS
+        if is_central and (in_tunnel or key in CENTRAL_LISTENERS):
             continue
         unexpected.append(f"{protocol} {local} {words[-1] if 'users:' in words[-1] else ''}".strip())
     if unexpected:

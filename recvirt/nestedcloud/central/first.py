@@ -11,15 +11,18 @@ ADMINISTRATOR = "admin"
 PROJECT = "default"
 
 
-def ensure_first_rows(worker_uuid: str, worker_name: str) -> None:
-    """A project, an administrator without a password, and the worker on the same machine. Again changes nothing."""
+def ensure_first_rows(worker_uuid: str | None, worker_name: str) -> None:
+    """A project, an administrator without a password, and the worker on the same machine, if there is one. Again
+    changes nothing.
+    """
     with transaction.atomic():
         user, made = get_user_model().objects.get_or_create(username=ADMINISTRATOR, defaults={"is_superuser": True})
         if made:
             user.set_unusable_password()
             user.save()
         Project.objects.get_or_create(name=PROJECT)
-        Worker.objects.get_or_create(uuid=worker_uuid, defaults={"name": worker_name})
+        if worker_uuid is not None:
+            Worker.objects.get_or_create(uuid=worker_uuid, defaults={"name": worker_name})
 
 
 def issue_token(username: str, name: str) -> str:
