@@ -32,7 +32,7 @@ from recvirt.nestedcloud.central.models import (
     Volume,
     Worker,
 )
-from recvirt.nestedcloud.central.problems import KeyReused, OperationActive, Refused, WrongState
+from recvirt.nestedcloud.central.problems import KeyReused, OperationActive, Refused, WorkerRevoked, WrongState
 from recvirt.nestedcloud.model import Kind, ModelError, check_name
 
 #: The states in which an operation makes sense.
@@ -218,7 +218,9 @@ def record(
     worker: Worker | None, instance: Instance | None = None, volume: Volume | None = None, image: Image | None = None,
     source: Instance | None = None,
 ) -> Operation:  # fmt: skip
-    """The row of an operation, and the event that it was asked for."""
+    """The row of an operation, and the event that it was asked for. WorkerRevoked when nobody would carry it out."""
+    if worker is not None and worker.revoked:
+        raise WorkerRevoked(f"the worker {worker.name} was revoked: what is there can't be reached any more")
     target = volume or image or instance
     operation = Operation.objects.create(
         project=project, user=user, instance=instance, volume=volume, image=image, source=source, worker=worker,

@@ -46,6 +46,9 @@ def apply(report: Report) -> bool:
         if operation is None or str(operation.worker_id) != report.worker:
             log.warning("a report on %s by %s, who was not asked", report.operation, report.worker)
             return False
+        if operation.worker is not None and operation.worker.revoked:
+            log.warning("a report on %s by %s, who was revoked", report.operation, report.worker)
+            return False
         # An attempt that was given up may yet succeed, and then it has; but only the last one may fail.
         stale = report.attempt < operation.attempt and report.phase is not Phase.SUCCEEDED
         if stale or (operation.is_final and not _was_given_up(operation, report)):
