@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from recvirt.nestedcloud.provision import (
     RABBITMQCTL,
     Machine,
     ProvisionError,
+    ensure_certificate,
     permissions,
     read,
     write,
@@ -36,6 +38,8 @@ _VERSION = 1
 _VHOST = "/"
 #: rabbitmqctl's for a user that is not there (sysexits.h).
 _NO_USER = 67
+#: After a change of key or certificate; the workers' timers have asked for the new one by then.
+SETTLE_SECONDS = 600
 _FIELDS = {"uuid", "public_key", "address", "password_hash"}
 
 
@@ -83,7 +87,8 @@ def _text_of(machine: Machine, path: Path) -> str:
 
 
 def parse(text: str, cloud: uuid.UUID, own: Sequence[str]) -> Wanted:
-    """The list, each word of it looked at. ``own`` are accounts that it must not name. UntrustedError says what is wrong.
+    """The list, each word of it looked at; ``own`` are accounts that it must not name. UntrustedError says what is
+    wrong.
 
     Duplicates are refused: of two peers with one address or key WireGuard would take the last one.
     """
@@ -195,7 +200,9 @@ def _shut_out(machine: Machine, worker: str) -> None:
 
 
 def apply(machine: Machine) -> bool:
-    """Make tunnel and broker agree with the dispatcher's list; whether anything was to be done. ProvisionError otherwise.
+    """Make tunnel and broker agree with the dispatcher's list; whether anything was to be done.
+
+    ProvisionError when that does not work.
 
     Who was revoked once stays out, whatever a later list says: a database that was restored does not know.
     """
@@ -253,3 +260,49 @@ def _sync(machine: Machine, peers: Sequence[Account]) -> ProvisionError | None:
     except ProvisionError as error:
         return error
     return None
+
+
+def rotate_tunnel(machine: Machine, *, force: bool = False) -> None:
+    """Another key for the central node's end. Workers lose the tunnel, and ask for the new one by its public address."""
+    cloud, _ = _this_cloud(machine)
+    _check_settled(machine, machine.etc / "tls/cert.pem", force)
+    tunnel.keep_key(machine, tunnel.new_key(machine))
+    tunnel.ensure_central(machine, cloud)
+    tunnel.up(machine)
+
+
+def rotate_certificate(machine: Machine, *, force: bool = False) -> None:
+    """Another certificate of the machine's own. Workers ask for its digest through the tunnel."""
+    folder = machine.etc / "tls"
+    key, certificate = folder / "key.pem", folder / "cert.pem"
+    issuer = machine.run(["openssl", "x509", "-noout", "-issuer", "-in", str(certificate)], "", None)
+    if "recvirt-cloud" not in issuer:
+        raise tunnel.TunnelError(
+            "the certificate is not one that the set-up made",
+            f"put the new one into {certificate}, its key into {key}, and: systemctl reload recvirt-cloud-front.service",
+        )
+    _check_settled(machine, tunnel.folder(machine) / "key", force)
+    before = [(path, path.with_name(f".{path.name}.before")) for path in (certificate, key)]
+    for path, aside in before:
+        path.rename(aside)
+    try:
+        ensure_certificate(machine)
+    except ProvisionError:
+        for path, aside in before:
+            aside.rename(path)
+        raise
+    for _, aside in before:
+        aside.unlink()
+    machine.run(["systemctl", "reload", "recvirt-cloud-front.service"], "", None)
+
+
+def _check_settled(machine: Machine, other: Path, force: bool) -> None:
+    """Workers find a new key by the certificate, and a new certificate by the key: not both at once."""
+    if force or not tunnel.applied_peers(machine) or not other.exists():
+        return
+    age = time.time() - other.stat().st_mtime
+    if 0 <= age < SETTLE_SECONDS:
+        raise tunnel.TunnelError(
+            f"{other.name} was changed {age:.0f} s ago, and workers may not have heard of it",
+            f"try again in {SETTLE_SECONDS - age:.0f} s; with --force workers may have to join anew",
+        )

@@ -92,17 +92,19 @@ def certificate_of(place: Place, fingerprint: str) -> str:
     Nothing is sent there yet.
     """
     try:
-        with socket.create_connection((place.host, place.port), timeout=_SECONDS) as wire:
-            with _unchecked().wrap_socket(wire, server_hostname=place.host) as secured:
-                shown = secured.getpeercert(binary_form=True) or b""
+        with (
+            socket.create_connection((place.host, place.port), timeout=_SECONDS) as wire,
+            _unchecked().wrap_socket(wire, server_hostname=place.host) as secured,
+        ):
+            shown = secured.getpeercert(binary_form=True) or b""
     except OSError as error:
         raise _trouble(place, error) from None
     found = sha256(shown).hexdigest()
     if found != fingerprint:
         raise LinkError(
             f"{place} shows another certificate than the one that was expected: {found}",
-            "it was changed (make a new invitation, or give --fingerprint after a look at the central node: openssl x509 "
-            "-noout -fingerprint -sha256 -in /etc/recvirt-cloud/tls/cert.pem), or somebody stands between",
+            "it was changed (make a new invitation, or give --fingerprint after a look at the central node: openssl "
+            "x509 -noout -fingerprint -sha256 -in /etc/recvirt-cloud/tls/cert.pem), or somebody stands between",
             kind="fingerprint", status=ExitStatus.REFUSED,
         )  # fmt: skip
     return ssl.DER_cert_to_PEM_cert(shown)
@@ -118,7 +120,9 @@ def pinned_context(pem: str) -> ssl.SSLContext:
 
 
 def tunnel_context() -> ssl.SSLContext:
-    """For the central node's address in the tunnel: that the other end is the right one, WireGuard has seen to."""
+    """For the central node's address in the tunnel: that the other end is the right one, WireGuard has seen to, as long
+    as what is sent leaves by that interface (``device``).
+    """
     return _unchecked()
 
 
@@ -130,9 +134,37 @@ class Answer:
     clock_seconds: float
 
 
-def ask(place: Place, path: str, body: Mapping[str, Any], context: ssl.SSLContext, seconds: float = _SECONDS) -> Answer:
-    """POST JSON. LinkError when there is no answer, or it is a refusal (with the API's own word as ``kind``)."""
-    connection = http.client.HTTPSConnection(place.host, place.port, timeout=seconds, context=context)
+class _Connection(http.client.HTTPSConnection):
+    """One that leaves by a certain interface, or not at all (root)."""
+
+    def __init__(self, place: Place, seconds: float, context: ssl.SSLContext, device: str) -> None:
+        super().__init__(place.host, place.port, timeout=seconds, context=context)
+        self._tls, self._device = context, device
+
+    def connect(self) -> None:
+        """As the library does, but for the interface."""
+        if not self._device:
+            return super().connect()
+        family, kind, number, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+        wire = socket.socket(family, kind, number)
+        try:
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, self._device.encode())
+            wire.settimeout(self.timeout)
+            wire.connect(address)
+            self.sock = self._tls.wrap_socket(wire, server_hostname=self.host)
+        except BaseException:
+            wire.close()
+            raise
+
+
+def ask(
+    place: Place, path: str, body: Mapping[str, Any], context: ssl.SSLContext, seconds: float = _SECONDS,
+    device: str = "",
+) -> Answer:  # fmt: skip
+    """POST JSON, by the interface ``device`` if one is named. LinkError when there is no answer, or it is a refusal (with
+    the API's own word as ``kind``).
+    """
+    connection = _Connection(place, seconds, context, device)
     headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
     try:
         connection.request("POST", f"/api/v1/{path}", json.dumps(body), headers)

@@ -33,6 +33,8 @@ HANDSHAKE_SECONDS = 180
 #: A worker behind NAT stays reachable, and a session is never older than it must be.
 _KEEPALIVE_SECONDS = 25
 _KEY_BYTES = 32
+#: Behind that of the interface.
+_METRIC = "65535"
 #: Where the root service for peers remembers what it has applied.
 APPLIED = Path("var/lib/recvirt-cloud-peers/applied.json")
 
@@ -265,6 +267,9 @@ def up(machine: Machine, resolver: Resolve = resolve) -> None:
             "no tunnel was set up here",
             "on the central node: recvirt-cloud setup; on a worker: recvirt-cloud worker join",
         )
+    # Without the interface nothing for the prefix may go where others could answer: the broker's password is in it.
+    network = str(prefix(uuid.UUID(found["cloud"])))
+    machine.run(["ip", "-6", "route", "replace", "unreachable", network, "metric", _METRIC], "", None)
     if not is_up(machine):
         _make_interface(machine)
     sync(machine, _peers_of(machine, found, resolver), keepalive=found["role"] == "worker")
@@ -308,5 +313,12 @@ def is_fresh(machine: Machine) -> bool:
 def forget(machine: Machine) -> None:
     """Take the interface down, and remove key and parameters."""
     down(machine)
+    if (found := config(machine)) is not None:
+        network = str(prefix(uuid.UUID(found["cloud"])))
+        try:
+            machine.run(["ip", "-6", "route", "delete", "unreachable", network, "metric", _METRIC], "", None)
+        except ProvisionError:
+            # It was never up since the machine was started.
+            pass
     for path in (_config_path(machine), public_path(machine), _key_path(machine)):
         path.unlink(missing_ok=True)

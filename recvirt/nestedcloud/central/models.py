@@ -1,5 +1,6 @@
-"""All tables, under the name where Django looks for them: things (``things``), what happens (``records``), and workers on
-other machines (``peer_tables``)."""
+"""All tables, under the name where Django looks for them: things (``things``), what happens (``records``), and workers
+on other machines (``peer_tables``).
+"""
 
 from __future__ import annotations
 

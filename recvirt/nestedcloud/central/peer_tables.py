@@ -1,4 +1,4 @@
-"""The tables of workers on other machines: what opens the way in for one, and what the tunnel and the broker know of it.
+"""The tables of workers on other machines: what opens the way in for one, and what tunnel and broker know of it.
 
 A worker of the central node's own machine has no row here. Nothing secret is kept: public keys, and digests.
 """

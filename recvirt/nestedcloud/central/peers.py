@@ -130,6 +130,12 @@ def join(token: credentials.Token, worker_uuid: uuid.UUID, name: str, public_key
         name = invitation.name or name
         if invitation.name == "" and name in RESERVED_NAMES:
             raise Refused(f"a worker can't be called {name}")
+        peer = Peer.objects.select_related("worker").filter(worker_id=worker_uuid, worker__revoked=False).first()
+        if peer is not None and (peer.public_key, peer.password_hash) == (public_key, password_hash):
+            # It came in before, did not get the answer, and was invited once more.
+            invitation.used, invitation.used_by = now, worker_uuid
+            invitation.save()
+            return peer
         if Worker.objects.filter(pk=worker_uuid).exists():
             raise Denied("this UUID is that of another worker", "worker-taken")
         if public_key == central["public_key"]:

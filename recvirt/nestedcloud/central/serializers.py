@@ -119,7 +119,8 @@ class InstanceSerializer(serializers.ModelSerializer[Instance]):
         model = Instance
         fields = [
             "uuid", "name", "state", "power", "operation", "image", "worker", "away", "vcpus", "vcpus_max",
-            "memory_bytes", "memory_max_bytes", "disk_bytes", "priority", "nest", "nics", "volumes", "ssh_keys", "snapshots", "created",
+            "memory_bytes", "memory_max_bytes", "disk_bytes", "priority", "nest", "nics", "volumes", "ssh_keys",
+            "snapshots", "created",
         ]  # fmt: skip
 
 
