@@ -263,7 +263,7 @@ def _sync(machine: Machine, peers: Sequence[Account]) -> ProvisionError | None:
 
 
 def rotate_tunnel(machine: Machine, *, force: bool = False) -> None:
-    """Another key for the central node's end. Workers lose the tunnel, and ask for the new one by its public address."""
+    """Another key for the central node's end. Workers lose the tunnel, and ask for it by the public address."""
     cloud, _ = _this_cloud(machine)
     _check_settled(machine, machine.etc / "tls/cert.pem", force)
     tunnel.keep_key(machine, tunnel.new_key(machine))
@@ -279,7 +279,7 @@ def rotate_certificate(machine: Machine, *, force: bool = False) -> None:
     if "recvirt-cloud" not in issuer:
         raise tunnel.TunnelError(
             "the certificate is not one that the set-up made",
-            f"put the new one into {certificate}, its key into {key}, and: systemctl reload recvirt-cloud-front.service",
+            f"put the new one into {certificate}, its key into {key}; systemctl reload recvirt-cloud-front.service",
         )
     _check_settled(machine, tunnel.folder(machine) / "key", force)
     before = [(path, path.with_name(f".{path.name}.before")) for path in (certificate, key)]

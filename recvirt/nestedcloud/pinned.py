@@ -161,8 +161,8 @@ def ask(
     place: Place, path: str, body: Mapping[str, Any], context: ssl.SSLContext, seconds: float = _SECONDS,
     device: str = "",
 ) -> Answer:  # fmt: skip
-    """POST JSON, by the interface ``device`` if one is named. LinkError when there is no answer, or it is a refusal (with
-    the API's own word as ``kind``).
+    """POST JSON, by the interface ``device`` if one is named. LinkError when there is no answer, or it is a refusal:
+    then ``kind`` is the API's own word.
     """
     connection = _Connection(place, seconds, context, device)
     headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}

@@ -19,6 +19,7 @@ from django.db import IntegrityError, transaction
 from django.db.models import Max
 from django.utils import timezone
 from rest_framework import status
+from rest_framework.exceptions import APIException
 
 from recvirt.nestedcloud import credentials, tunnel
 from recvirt.nestedcloud.central import audit
@@ -35,14 +36,14 @@ FILE = "peers.json"
 
 
 class Denied(Refused):
-    """Somebody who may not come in, or not any more. ``default_code`` tells a worker what to say."""
+    """Somebody who may not come in, or not any more. ``code`` tells a worker what to say."""
 
     status_code = status.HTTP_403_FORBIDDEN
     default_code = "join-denied"
 
     def __init__(self, detail: str, code: str) -> None:
-        super().__init__(detail)
-        self.detail.code = code
+        APIException.__init__(self, detail, code)
+        self.extra = {}
 
 
 class NoTunnel(Refused):
