@@ -89,6 +89,8 @@ class PeerSerializer(Strict):
         """Key and password are changed together, or not."""
         if ("public_key" in attrs) != ("password_hash" in attrs):
             raise ValidationError("want public_key and password_hash together")
+        if attrs["leave"] and "public_key" in attrs:
+            raise ValidationError("want a change, or to leave")
         return attrs
 
 
