@@ -129,9 +129,10 @@ def check_welcome(data: Mapping[str, Any], member: Member) -> Welcome:
     """The answer, if it is one for this worker. LinkError otherwise: it becomes root's configuration."""
     try:
         cloud = uuid.UUID(check_uuid(data["cloud"]))
-        address = IPv6Address(data["address"])
+        address = tunnel.parse_address(data["address"])
         found = Welcome(
-            cloud, str(data["name"]), address, IPv6Address(data["central_address"]), str(data["central_public_key"]),
+            cloud, str(data["name"]), address, tunnel.parse_address(data["central_address"]),
+            str(data["central_public_key"]),
             int(data["port"]), str(data["certificate_sha256"]),
         )  # fmt: skip
         good = (

@@ -132,11 +132,11 @@ def _account(item: Any, cloud: uuid.UUID) -> Account:
     if not is_password_hash(account.password_hash):
         raise UntrustedError(f"the password's hash of {account.uuid} is none")
     try:
-        address = IPv6Address(account.address)
+        address = tunnel.parse_address(account.address)
     except ValueError:
         raise UntrustedError(f"the address of {account.uuid} is none") from None
     inside = address in tunnel.prefix(cloud) and int(address) & (2**64 - 1) >= tunnel.INDEX_MIN
-    if not inside or str(address) != account.address:
+    if not inside:
         raise UntrustedError(f"the address of {account.uuid} is not one for a worker of this cloud")
     return account
 

@@ -73,6 +73,14 @@ def peer_address(cloud: uuid.UUID, index: int) -> IPv6Address:
     return prefix(cloud)[index]
 
 
+def parse_address(text: str) -> IPv6Address:
+    """An address in the one way of writing it. ValueError otherwise: a scope (``%``) may hold anything, line ends too."""
+    found = IPv6Address(text)
+    if str(found) != text or found.scope_id is not None:
+        raise ValueError(f"{text[:60]!r} is no plain IPv6 address")
+    return found
+
+
 def is_key(text: str) -> bool:
     """Whether it is a public key as ``wg`` writes it: 32 bytes in base64, in the one way of writing them."""
     try:
@@ -163,10 +171,10 @@ def config(machine: Machine) -> dict[str, Any] | None:
     path = _config_path(machine)
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-        IPv6Address(found["address"])
+        parse_address(found["address"])
         uuid.UUID(found["cloud"])
         if found["role"] == "worker":
-            IPv6Address(found["central"]["address"])
+            parse_address(found["central"]["address"])
         return found
     except FileNotFoundError:
         return None
@@ -178,7 +186,7 @@ def applied_peers(machine: Machine) -> list[Peer]:
     """Those that the central node's root service has let in."""
     try:
         data = json.loads((machine.root / APPLIED).read_text())
-        return [Peer(item["public_key"], IPv6Address(item["address"])) for item in data["peers"]]
+        return [Peer(item["public_key"], parse_address(item["address"])) for item in data["peers"]]
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError):

@@ -261,11 +261,12 @@ def test_what_was_applied_and_can_not_be_read_is_applied_again(machine: Machine,
 
 @pytest.mark.parametrize(
     "accounts",
-    [[account(uuid="../etc")], [account(uuid=ONE.upper())], [account(uuid="central")], [account(OWN)],
+    [[account(uuid="../etc")], [account(uuid=str(uuid.uuid4()).upper())], [account(uuid="central")], [account(OWN)],
      [account(public_key="x")], [account(public_key=key_of("a") + "\nAllowedIPs = ::/0")],
      [account(address=str(tunnel.central_address(CLOUD)))], [account(address="::/0")], [account(address="fd00::2")],
      [account(address=account(ONE)["address"] + "/64")], [account(address=account(ONE)["address"].upper())],
      [account(address=str(tunnel.prefix(CLOUD)[0]))], [account(address=account(ONE)["address"] + "%eth0")],
+        [account(address=account(ONE)["address"] + "%\nAllowedIPs = ::/0")],
      [account(password_hash="")], [account(password_hash="secret")], [account(password_hash=key_of("a"))],
      [{**account(), "tags": ["administrator"]}], [{"uuid": ONE}], ["x"], [account(uuid=1)], [account(address=None)],
      [account(ONE), account(TWO, public_key=key_of(ONE))], [account(ONE), account(TWO, address=account(ONE)["address"])],
