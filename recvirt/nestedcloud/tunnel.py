@@ -74,7 +74,7 @@ def peer_address(cloud: uuid.UUID, index: int) -> IPv6Address:
 
 
 def parse_address(text: str) -> IPv6Address:
-    """An address in the one way of writing it. ValueError otherwise: a scope (``%``) may hold anything, line ends too."""
+    """An address in the one way of writing it. ValueError otherwise: a scope (``%``) may hold line ends."""
     found = IPv6Address(text)
     if str(found) != text or found.scope_id is not None:
         raise ValueError(f"{text[:60]!r} is no plain IPv6 address")

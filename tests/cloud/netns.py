@@ -19,7 +19,8 @@ class Box:
         root.mkdir(parents=True, exist_ok=True)
         (root / "run").mkdir(exist_ok=True)
         # wireguard-go's sockets are named after interfaces alone, and both machines' have the same name.
-        script = "mkdir -p /run/wireguard && mount -t tmpfs none /run/wireguard && ip link set lo up && echo && exec sleep 900"
+        mount = "mkdir -p /run/wireguard && mount -t tmpfs none /run/wireguard"
+        script = f"{mount} && ip link set lo up && echo && exec sleep 900"
         self._holder = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "sh",
              "-c", script], stdout=subprocess.PIPE, text=True,

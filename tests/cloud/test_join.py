@@ -28,7 +28,6 @@ from recvirt.nestedcloud.pinned import Answer, LinkError, Place
 from recvirt.nestedcloud.provision import Machine, ProvisionError, read
 from recvirt.nestedcloud.statuses import ExitStatus
 from recvirt.nestedcloud.worker import consoles, service
-from tests.cloud.conftest import Cloud
 from tests.cloud.test_peers import CERTIFICATE, CLOUD, _tunnel, invited, key_of, root
 from tests.cloud.test_tunnel import Programs
 
@@ -200,8 +199,11 @@ def test_a_refusal_says_what_to_do(host: Host, root: APIClient) -> None:
     go(host, invited(root), name="w2")
 
 
-@pytest.mark.parametrize("changes", [{"uuid": "x"}, {"address": "fd00::9"}, {"central_address": "::1"}, {"cloud": "../x"},
-                                     {"port": 0}, {"port": "x"}, {"central_public_key": "k\nx"}, {"address": None}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [{"uuid": "x"}, {"address": "fd00::9"}, {"central_address": "::1"}, {"cloud": "../x"}, {"port": 0}, {"port": "x"},
+     {"central_public_key": "k\nx"}, {"address": None}, {"address": f"{tunnel.peer_address(CLOUD, 2)}%\nx"}],
+)  # fmt: skip
 def test_an_answer_that_makes_no_sense_changes_nothing(
     host: Host, root: APIClient, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
@@ -220,9 +222,10 @@ def test_who_is_somebody_already_does_not_become_somebody_else(host: Host, root:
     with pytest.raises(LinkError, match="another cloud"):
         go(host, invited(root), url="https://192.0.2.8")
     host.machine.central.write_text("")
-    for work in (lambda: go(host, invited(root)), lambda: join.leave(host.machine)):
-        with pytest.raises(LinkError, match="central node"):
-            work()
+    with pytest.raises(LinkError, match="central node"):
+        go(host, invited(root))
+    with pytest.raises(LinkError, match="central node"):
+        join.leave(host.machine)
 
 
 def test_without_nfs_its_file_is_left_alone(host: Host, root: APIClient) -> None:
@@ -425,8 +428,11 @@ def test_a_console_takes_the_pinned_certificate(server: Server, tmp_path: Path) 
     assert unpinned is not None and unpinned.check_hostname
 
 
-@pytest.mark.parametrize(("answer", "status", "text"), [(b"<html>", 502, "answered 502"), (b"[]", 200, "nothing that"),
-                                                        (b'{"title": "no", "type": "throttled"}', 429, "says: no")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "status", "text"),
+    [(b"<html>", 502, "answered 502"), (b"[]", 200, "nothing that"),
+     (b'{"title": "no", "type": "throttled"}', 429, "says: no")],
+)  # fmt: skip
 def test_answers_that_are_none(tmp_path: Path, answer: bytes, status: int, text: str) -> None:
     server = Server(tmp_path, answer, status)
     context = pinned.pinned_context(pinned.certificate_of(server.place, server.fingerprint))

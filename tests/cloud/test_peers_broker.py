@@ -14,8 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from amqp import Message
-from amqp.exceptions import AccessRefused, ConnectionForced, PreconditionFailed
+from amqp import Message  # type: ignore[import-untyped]
+from amqp.exceptions import (  # type: ignore[import-untyped]
+    AccessRefused,
+    ConnectionForced,
+    PreconditionFailed,
+)
 from celery.contrib.testing.worker import start_worker
 from kombu.connection import Connection
 
@@ -95,6 +99,10 @@ def central(tmp_path: Path) -> Iterator[Central]:
         made.broker.stop()
 
 
+def connection_of(url: str) -> Any:
+    return Connection(url)  # type: ignore[no-untyped-call]
+
+
 def refused(connection: Any, work: Any) -> None:
     with pytest.raises(AccessRefused):
         work(connection.channel())
@@ -110,7 +118,7 @@ def test_an_account_is_made_confined_changed_and_thrown_out(central: Central) ->
     central.want(hashes)
     assert peers.apply(central.machine)
     assert not peers.apply(central.machine)
-    with Connection(central.url(ONE, "first")) as one, Connection(central.url(TWO, "second")) as two:
+    with connection_of(central.url(ONE, "first")) as one, connection_of(central.url(TWO, "second")) as two:
         one.connect()
         two.connect()
         for connection, key in ((one, ONE), (two, TWO)):

@@ -111,8 +111,11 @@ def test_addresses_are_made_of_the_clouds_uuid() -> None:
             tunnel.peer_address(CLOUD, index)
 
 
-@pytest.mark.parametrize("text", ["", "x" * 44, key_of("a")[:-1], key_of("a") + "\n", key_of("a").replace("=", ""),
-                                  base64.b64encode(bytes(32)).decode(), base64.b64encode(b"a" * 33).decode(), "ä" * 44])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    ["", "x" * 44, key_of("a")[:-1], key_of("a") + "\n", key_of("a").replace("=", ""), "ä" * 44,
+     base64.b64encode(bytes(32)).decode(), base64.b64encode(b"a" * 33).decode()],
+)  # fmt: skip
 def test_what_is_no_key(text: str) -> None:
     assert tunnel.is_key(key_of("a")) and not tunnel.is_key(text)
 
@@ -269,7 +272,8 @@ def test_what_was_applied_and_can_not_be_read_is_applied_again(machine: Machine,
         [account(address=account(ONE)["address"] + "%\nAllowedIPs = ::/0")],
      [account(password_hash="")], [account(password_hash="secret")], [account(password_hash=key_of("a"))],
      [{**account(), "tags": ["administrator"]}], [{"uuid": ONE}], ["x"], [account(uuid=1)], [account(address=None)],
-     [account(ONE), account(TWO, public_key=key_of(ONE))], [account(ONE), account(TWO, address=account(ONE)["address"])],
+     [account(ONE), account(TWO, public_key=key_of(ONE))],
+     [account(ONE), account(TWO, address=account(ONE)["address"])],
      [account(ONE), account(ONE, public_key=key_of("b"), address=account(TWO)["address"])]],
 )  # fmt: skip
 def test_a_list_with_something_wrong_in_it_is_not_applied_at_all(
@@ -283,8 +287,11 @@ def test_a_list_with_something_wrong_in_it_is_not_applied_at_all(
     assert programs.calls == []
 
 
-@pytest.mark.parametrize("changes", [{"version": 2}, {"cloud": str(uuid.uuid4())}, {"peers": {}}, {"revoked": "x"},
-                                     {"revoked": [OWN]}, {"revoked": ["central"]}, {"revoked": [ONE, ONE]}, {"more": 1}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [{"version": 2}, {"cloud": str(uuid.uuid4())}, {"peers": {}}, {"revoked": "x"}, {"revoked": [OWN]},
+     {"revoked": ["central"]}, {"revoked": [ONE, ONE]}, {"more": 1}],
+)  # fmt: skip
 def test_a_list_of_another_kind_is_not_applied(machine: Machine, changes: dict[str, Any]) -> None:
     tunnel.ensure_central(machine, CLOUD)
     want(machine, **changes)
@@ -338,7 +345,7 @@ def test_the_certificate_and_the_key_are_not_changed_at_once(machine: Machine, p
     assert (folder / "cert.pem").read_text() == "new -out" and (folder / "key.pem").read_text() == "new -keyout"
     want(machine, account(ONE))
     peers.apply(machine)
-    with pytest.raises(TunnelError, match="cert.pem was changed"):
+    with pytest.raises(TunnelError, match=r"cert\.pem was changed"):
         peers.rotate_tunnel(changed)
     peers.rotate_tunnel(changed, force=True)
     assert json.loads(tunnel.public_path(machine).read_text())["public_key"] == key_of("private-2")
@@ -356,7 +363,7 @@ def test_an_invitation_as_text() -> None:
     assert credentials.parse_token(f" {token}\n") == token and token.secret not in repr(token)
     assert credentials.parse_token("rvj_" + "x" * 43) == credentials.Token("x" * 43)
     for text in ("", "rvj_", "rvc_" + "x" * 43, "rvj_" + "x" * 43 + ".zz", "rvj_x y" + "x" * 43, "rvj_" + "x" * 999):
-        with pytest.raises(ValueError, match="invitation|SHA-256") as caught:
+        with pytest.raises(ValueError, match=r"invitation|SHA-256") as caught:
             credentials.parse_token(text)
         assert "x" * 20 not in str(caught.value)
 

@@ -139,7 +139,7 @@ def test_without_the_interface_nothing_leaves_for_the_prefix(world: World) -> No
     tunnel.down(one.machine)
     tunnel.down(one.machine)
     assert not tunnel.is_up(one.machine)
-    with pytest.raises(ProvisionError, match="unreachable|No route"):
+    with pytest.raises(ProvisionError, match=r"unreachable|No route"):
         one.run(["ip", "-6", "route", "get", world.inside], "", None)
     tunnel.up(one.machine)
     assert until(lambda: one.reaches(world.inside, 5672))
