@@ -22,7 +22,7 @@ from recvirt.nestedcloud import credentials, tunnel
 from recvirt.nestedcloud import peers as root_peers
 from recvirt.nestedcloud.central import admission, dispatcher, operations, peers, reports
 from recvirt.nestedcloud.central.auth import FAILURES_MAX
-from recvirt.nestedcloud.central.models import Event, Instance, Invitation, Operation, Peer, Worker
+from recvirt.nestedcloud.central.models import Event, Image, Instance, Invitation, Operation, Peer, Volume, Worker
 from recvirt.nestedcloud.central.problems import NoCapacity, WorkerRevoked
 from recvirt.nestedcloud.model import Heartbeat, Kind, Phase, Report
 from recvirt.nestedcloud.provision import password_hash
@@ -321,6 +321,35 @@ def test_a_revoked_workers_instances_say_so_and_nothing_is_sent_there(cloud: Clo
     assert not reports.apply(Report(str(pending.pk), 1, str(worker.pk), Phase.SUCCEEDED))
     assert reports.heard(Heartbeat(str(worker.pk), "shelf", "x", 1, 1, 1, {}, ())) == []
     assert operations.launch(cloud.project, cloud.user, wish(cloud, name="next")).worker == cloud.worker
+
+
+def test_what_was_on_a_revoked_worker_can_be_forgotten(cloud: Cloud, root: APIClient) -> None:
+    instance, worker = moved_to_a_peer(cloud, root)
+    volume = Volume.objects.create(
+        project=cloud.project, worker=worker, name="data", state="ready", size_bytes=2**30, promised_bytes=2**30,
+        instance=instance, slot=1,
+    )  # fmt: skip
+    post(root, "workers/shelf/revoke")
+    answer = cloud.client.delete(cloud.url("instances/web"))
+    assert (answer.status_code, answer.data["phase"]) == (202, "succeeded")
+    assert "revoked" in answer.data["message"] and sent() == []
+    assert cloud.client.get(cloud.url("instances/web")).status_code == 404
+    # Volumes outlive their instance, and can be forgotten as well; nothing counts against the quota any more.
+    volume.refresh_from_db()
+    assert (volume.instance, volume.state) == (None, "ready")
+    assert cloud.client.delete(cloud.url("volumes/data")).data["phase"] == "succeeded"
+    assert admission.promised(cloud.project, admission.NOW_ON) == admission.Need()
+    assert root.get(f"{V1}status").data["workers"]["total"] == 1
+
+
+def test_an_image_of_a_revoked_worker_is_removed_by_another_one(cloud: Cloud, root: APIClient) -> None:
+    _, worker = moved_to_a_peer(cloud, root)
+    image = Image.objects.create(name="own", project=cloud.project, state="ready", worker=worker)
+    post(root, "workers/shelf/revoke")
+    cloud.client.delete(cloud.url("images/own"))
+    assert [key for key, _ in sent()] == [str(cloud.worker.pk)]
+    image.refresh_from_db()
+    assert image.state == "removing"
 
 
 def test_an_operation_that_was_asked_for_at_the_same_moment_fails_as_well(cloud: Cloud, root: APIClient) -> None:
