@@ -60,6 +60,15 @@ class Box:
         words = self.words(["python3", "-c", code, host, str(port), str(seconds)])
         return subprocess.run(words, capture_output=True, check=False, timeout=30).returncode == 0
 
+    def reaches_tls(self, host: str, port: int) -> bool:
+        """Whether a TLS server answers there, whoever it is."""
+        code = (
+            "import socket,ssl,sys; c=ssl._create_unverified_context();"
+            "c.wrap_socket(socket.create_connection((sys.argv[1],int(sys.argv[2])),timeout=3)).close()"
+        )
+        words = self.words(["python3", "-c", code, host, str(port)])
+        return subprocess.run(words, capture_output=True, check=False, timeout=30).returncode == 0
+
     def end(self) -> None:
         """End everything in it."""
         self._holder.kill()

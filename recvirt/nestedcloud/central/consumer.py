@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from celery import Celery
 from django.db import InterfaceError, OperationalError, close_old_connections
@@ -36,11 +37,11 @@ def write_down(report: Report) -> None:
 
 
 def is_of(worker: str, properties: Mapping[str, Any] | None, broker: str) -> bool:
-    """Whether a message comes from the worker that it names: the broker has checked the account in it. In a folder that
-    all parts share nobody can tell.
+    """Whether a message comes from the worker that it names, or from the central node's own account: the broker has
+    checked whose it is. In a folder that all parts share nobody can tell.
     """
     account = (properties or {}).get("user_id")
-    if broker.startswith("filesystem:") or account == worker:
+    if broker.startswith("filesystem:") or (account and account in (worker, urlsplit(broker).username)):
         return True
     log.warning("a message in the name of %s by the account %s", worker, account)
     return False
