@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -15,10 +15,13 @@ from recvirt.nestedcloud.client.api import VARIABLE, ApiError
 from recvirt.nestedcloud.client.commands import COMMANDS
 from recvirt.nestedcloud.client.completion import completion
 from recvirt.nestedcloud.client.console_commands import CONSOLE_COMMANDS
+from recvirt.nestedcloud.client.output import fail
 from recvirt.nestedcloud.client.people_commands import PEOPLE_COMMANDS
 from recvirt.nestedcloud.client.sight_commands import SIGHT_COMMANDS
 from recvirt.nestedcloud.client.storage_commands import STORAGE_COMMANDS
 from recvirt.nestedcloud.client.time_commands import TIME_COMMANDS
+from recvirt.nestedcloud.client.worker_commands import WORKER_COMMANDS
+from recvirt.nestedcloud.host_commands import CENTRAL_ROOT_COMMANDS, WORKER_ROOT_COMMANDS, tunnel
 from recvirt.nestedcloud.statuses import ExitStatus
 
 
@@ -121,9 +124,9 @@ def migrate() -> None:
     try:
         upgrade(click.echo)
     except UnreachableError as error:
-        _fail(str(error), "is PostgreSQL running? systemctl status 'postgresql@*'", ExitStatus.CONFIG)
+        fail(str(error), "is PostgreSQL running? systemctl status 'postgresql@*'", ExitStatus.CONFIG)
     except UpgradeError as error:
-        _fail(
+        fail(
             f"the database can't be brought to version {__version__}: {error}",
             "nothing was changed: the version that wrote it can still use it, and pg_dump can still read it",
             ExitStatus.UPGRADE,
@@ -276,9 +279,9 @@ def setup(prepare: bool) -> None:
     try:
         (provision.prepare if prepare else provision.setup)(machine)
     except provision.UpgradeFailedError as error:
-        _fail(str(error), "docs/operating.md, 'Upgrade', tells the ways on", ExitStatus.UPGRADE)
+        fail(str(error), "docs/operating.md, 'Upgrade', tells the ways on", ExitStatus.UPGRADE)
     except provision.ProvisionError as error:
-        _fail(str(error), "once that is put right, the next run goes on from there", ExitStatus.CONFIG)
+        fail(str(error), "once that is put right, the next run goes on from there", ExitStatus.CONFIG)
 
 
 @main_group.command("login-here")
@@ -300,11 +303,12 @@ def login_here() -> None:
 
 @main_group.group()
 def worker() -> None:
-    """A worker's service.
+    """Workers: what administrators do with them, what a machine does to become one, and the worker's services.
 
     \b
-    Example:
-      recvirt-cloud worker run --config /etc/recvirt-cloud/worker.toml
+    Examples:
+      recvirt-cloud worker invite
+      sudo recvirt-cloud worker join https://cloud.example.org --token rvj_...
     """
 
 
@@ -353,13 +357,11 @@ def _worker_config(path: Path | None) -> Any:
 
 
 main_group.add_command(completion)
-
-
-def _fail(message: str, hint: str, status: ExitStatus) -> NoReturn:
-    click.echo(f"error: {message}", err=True)
-    if hint:
-        click.echo(f"hint: {hint}", err=True)
-    sys.exit(status)
+main_group.add_command(tunnel)
+for _command in (*WORKER_COMMANDS, *WORKER_ROOT_COMMANDS):
+    worker.add_command(_command)
+for _command in CENTRAL_ROOT_COMMANDS:
+    central.add_command(_command)
 
 
 def main() -> None:
@@ -369,9 +371,9 @@ def main() -> None:
         status = main_group.main(prog_name="recvirt-cloud", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else ExitStatus.DONE)
     except ApiError as error:
-        _fail(error.message, error.hint, kinds.get(error.kind, ExitStatus.REFUSED))
+        fail(error.message, error.hint, kinds.get(error.kind, ExitStatus.REFUSED))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted", "", ExitStatus.INTERRUPTED)
+        fail("interrupted", "", ExitStatus.INTERRUPTED)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from celery import Celery
 from celery.worker.consumer import Consumer as CeleryConsumer
@@ -99,6 +100,12 @@ class Sender:
         self._app = make_app(broker)
         self._is_folder = broker.startswith("filesystem:")
         self._arguments = _arguments(broker)
+        # The default exchange would let an account into every queue, so workers' may not use it: Celery has made one
+        # that is called as the queue. And the broker vouches for whose account a message comes from.
+        self._to_central: dict[str, str] = {}
+        if not self._is_folder:
+            names = dict.fromkeys(("exchange", "routing_key"), CENTRAL_QUEUE)
+            self._to_central = {**names, "user_id": urlsplit(broker).username or ""}
 
     def _send(self, task: str, queue: Queue, message: Any, **options: Any) -> None:
         self._app.send_task(task, args=[encode(message)], queue=queue, confirm_timeout=_CONFIRM_SECONDS, **options)
@@ -120,11 +127,11 @@ class Sender:
 
     def report(self, report: Report) -> None:
         """To the central node."""
-        self._send(REPORT, self._central(), report)
+        self._send(REPORT, self._central(), report, **self._to_central)
 
     def heartbeat(self, beat: Heartbeat, expires_seconds: float) -> None:
         """To the central node, unless it is too busy to listen in time."""
-        self._send(HEARTBEAT, self._central(), beat, expires=expires_seconds)
+        self._send(HEARTBEAT, self._central(), beat, expires=expires_seconds, **self._to_central)
 
 
 def trouble_with(app: Celery, broker: str, seconds: float = 2.0) -> str:

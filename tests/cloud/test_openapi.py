@@ -19,6 +19,9 @@ from tests.cloud.test_operations import launched
 ENDPOINTS = sorted(endpoints(), key=lambda endpoint: (endpoint.path, endpoint.method))
 #: These are asynchronous, and have tests of their own (test_stream.py, test_console.py).
 ANSWERING = [endpoint for endpoint in ENDPOINTS if endpoint.action not in ("stream", "console_socket")]
+#: Machines come in here, who are no users; what opens them is looked at in test_peers.py.
+DOORS = ("/api/v1/join", "/api/v1/peer")
+CLOSED = [endpoint for endpoint in ANSWERING if endpoint.path not in DOORS]
 BELOW = [endpoint for endpoint in ANSWERING if "project" in endpoint.parameters]
 
 
@@ -89,13 +92,18 @@ def test_what_is_known_of_a_field_is_said() -> None:
     assert [parameter["name"] for parameter in stop["parameters"]] == ["project", "name", "Idempotency-Key"]
 
 
+def test_what_is_open_to_machines_says_so_and_nothing_else_is() -> None:
+    open_paths = {path for path, words in document()["paths"].items() for word in words.values() if "security" in word}
+    assert open_paths == set(DOORS)
+
+
 def test_it_is_served(cloud: Cloud) -> None:
     answer = cloud.client.get("/api/v1/openapi.json")
     assert answer.status_code == 200 and answer.json()["paths"] == document()["paths"]
 
 
 @pytest.mark.django_db
-@pytest.mark.parametrize("endpoint", ANSWERING, ids=_name)
+@pytest.mark.parametrize("endpoint", CLOSED, ids=_name)
 def test_no_endpoint_answers_without_a_token(endpoint: Endpoint) -> None:
     answer = ask(APIClient(), endpoint)
     assert answer.status_code == 401, answer.content
@@ -123,7 +131,9 @@ def test_a_token_of_another_project_gets_nothing_though_its_owner_is_a_member(cl
     assert ask(client, endpoint).status_code == 404
 
 
-@pytest.mark.parametrize("endpoint", [item for item in ENDPOINTS if item.method != "get"], ids=_name)
+@pytest.mark.parametrize(
+    "endpoint", [item for item in ENDPOINTS if item.method != "get" and item.path not in DOORS], ids=_name
+)
 def test_a_read_only_token_changes_nothing_anywhere(cloud: Cloud, endpoint: Endpoint) -> None:
     cloud.user.is_superuser = True
     cloud.user.save()

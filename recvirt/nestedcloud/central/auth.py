@@ -25,7 +25,14 @@ _RANKS = {Role.READER: 0, Role.OPERATOR: 1, Role.ADMIN: 2}
 _SAFE = ("GET", "HEAD", "OPTIONS")
 
 
-def _count_failure(address: str) -> None:
+def check_failures(address: str) -> None:
+    """Throttled when an address has shown too many wrong secrets lately."""
+    if cache.get(f"failures:{address}", 0) >= FAILURES_MAX:
+        raise Throttled(wait=FAILURES_SECONDS)
+
+
+def count_failure(address: str) -> None:
+    """A wrong secret of an address."""
     key = f"failures:{address}"
     if not cache.add(key, 1, FAILURES_SECONDS):
         cache.incr(key)
@@ -36,8 +43,7 @@ def token_of(header: bytes, address: str) -> ApiToken:
 
     The digest is what is looked up, so the time that takes tells nothing of a secret.
     """
-    if cache.get(f"failures:{address}", 0) >= FAILURES_MAX:
-        raise Throttled(wait=FAILURES_SECONDS)
+    check_failures(address)
     words, now, token = header.split(), timezone.now(), None
     if len(words) == 2 and words[0].lower() == b"bearer":
         digest = ApiToken.digest_of(words[1].decode("latin-1"))
@@ -45,7 +51,7 @@ def token_of(header: bytes, address: str) -> ApiToken:
         rows = ApiToken.objects.select_related("user", "project")
         token = rows.filter(valid, digest=digest, user__is_active=True).first()
     if token is None:
-        _count_failure(address)
+        count_failure(address)
         raise AuthenticationFailed("the token is not valid")
     if token.last_used is None or now - token.last_used > _LAST_USED_EVERY:
         ApiToken.objects.filter(pk=token.pk).update(last_used=now)

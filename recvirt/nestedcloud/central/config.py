@@ -23,7 +23,8 @@ class ConfigError(Exception):
 class Config:
     """``database`` is ``sqlite:PATH`` or ``postgresql:NAME`` (over the local socket, as the service's own user).
 
-    ``broker`` is a URL of Celery's; ``filesystem:PATH`` is a folder that all parts on one host share.
+    ``broker`` is a URL of Celery's; ``filesystem:PATH`` is a folder that all parts on one host share. Workers that join
+    are told of what is at ``certificate_path`` (the TLS front's) and ``tunnel_path``.
     """
 
     cloud: str
@@ -35,6 +36,8 @@ class Config:
     heartbeat_seconds: float = 5.0
     lease_seconds: float = 60.0
     spool_dir: str = ""
+    certificate_path: str = "/etc/recvirt-cloud/tls/cert.pem"
+    tunnel_path: str = "/etc/recvirt-cloud/tunnel/public.json"
 
     @property
     def spool(self) -> Path:

@@ -1,4 +1,4 @@
-"""Tells workers what is to be done, and tells them again when nobody has answered.
+"""Tells workers what is to be done, and tells them again when nobody has answered; tells root who the workers are.
 
 A row is claimed in one transaction, and published after it. Killed between the two, the row's lease runs out and it is
 published once more; a worker that gets it twice finds the work done. Owns leases and attempts.
@@ -16,7 +16,7 @@ from django.db import close_old_connections, connection, transaction
 from django.db.models import Q
 from django.utils import timezone
 
-from recvirt.nestedcloud.central import health, reports, schedules, storage_reports
+from recvirt.nestedcloud.central import health, peers, reports, schedules, storage_reports
 from recvirt.nestedcloud.central.models import Event, Instance, InstanceState, Operation
 from recvirt.nestedcloud.central.reports import ATTEMPTS_MAX
 from recvirt.nestedcloud.central.specs import command_of
@@ -69,6 +69,9 @@ def _claim() -> tuple[Operation, Command | None] | None:
         )
         if operation is None:
             return None
+        if operation.worker is not None and operation.worker.revoked:
+            _give_up(operation, f"its worker {operation.worker.name} was revoked", Fault.CONFLICT)
+            return operation, None
         operation.attempt += 1
         if operation.attempt > ATTEMPTS_MAX:
             _give_up(operation, f"the worker did not answer {ATTEMPTS_MAX} times")
@@ -109,6 +112,8 @@ def run(publish: Publish, *, pause_seconds: float = 0.5, stop: Callable[[], bool
         try:
             close_old_connections()
             health.beat(health.DISPATCHER)
+            if peers.publish():
+                log.info("the list of workers on other machines has changed")
             busy = schedules.fire() + tick(publish)
             if trouble:
                 log.warning("it works again")

@@ -61,7 +61,7 @@ def _broker() -> str:
 def status() -> dict[str, Any]:
     """The cloud as a whole. Sizes in bytes; ``free`` is what may still be promised from now on without an end."""
     now = timezone.now()
-    workers = list(Worker.objects.order_by("name"))
+    workers = list(Worker.objects.filter(revoked=False).order_by("name"))
     usable = [worker for worker in workers if worker.is_up and not worker.draining]
     capacity, promised, free = Counter[str](), Counter[str](), Counter[str]()
     for worker in workers:
@@ -159,7 +159,8 @@ def metrics() -> str:
         ("recvirt_up", "Whether a part of the cloud works.",
          [({"part": name}, float(text == "ok")) for name, text in found["health"].items()]),
         ("recvirt_worker_up", "Whether a worker is up.",
-         [({"worker": worker.name}, float(worker.is_up)) for worker in Worker.objects.order_by("name")]),
+         [({"worker": worker.name}, float(worker.is_up))
+          for worker in Worker.objects.filter(revoked=False).order_by("name")]),
         ("recvirt_instances", "Instances by state.",
          [({"state": state}, found["instances"].get(state, 0)) for state in InstanceState.values
           if state != InstanceState.DELETED]),

@@ -135,7 +135,9 @@ def remove(image: Image, project: Project, user: User | None, key: str | None = 
                 f"{count} instance{'s' if count > 1 else ''}{named} hold{'' if count > 1 else 's'} only what differs "
                 f"from {locked.name}: delete them first"
             )
-        worker = locked.worker or admission.place_bytes(0)
+        # Where workers share the images any of them can.
+        reachable = locked.worker is not None and not locked.worker.revoked
+        worker = locked.worker if reachable else admission.place_bytes(0)
         locked.state = ImageState.REMOVING
         locked.save()
         return record(project, user, Kind.IMAGE_REMOVE, {}, key, digest, worker=worker, image=locked)

@@ -1,7 +1,10 @@
-"""All tables, under the name where Django looks for them: things (``things``) and what happens (``records``)."""
+"""All tables, under the name where Django looks for them: things (``things``), what happens (``records``), and workers
+on other machines (``peer_tables``).
+"""
 
 from __future__ import annotations
 
+from recvirt.nestedcloud.central.peer_tables import Invitation, Peer
 from recvirt.nestedcloud.central.records import Event, Firing, Operation, Outcome, Pulse, Reservation, Schedule
 from recvirt.nestedcloud.central.things import (
     ACTIVE_PHASES,
@@ -36,12 +39,14 @@ __all__ = [
     "ImageState",
     "Instance",
     "InstanceState",
+    "Invitation",
     "Membership",
     "Network",
     "NetworkKind",
     "Nic",
     "Operation",
     "Outcome",
+    "Peer",
     "Project",
     "Pulse",
     "Reservation",

@@ -195,6 +195,8 @@ class _Document:
             ],
             "responses": self._responses(endpoint),
         }
+        if getattr(view, "authentication_classes", None) == []:
+            words["security"] = []
         if more:
             words["description"] = re.sub(r"\s+", " ", more)
         if endpoint.is_list:

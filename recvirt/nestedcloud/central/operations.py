@@ -16,7 +16,7 @@ from typing import Any
 from django.contrib.auth.models import User
 from django.db import transaction
 
-from recvirt.nestedcloud.central import admission, reservations, specs
+from recvirt.nestedcloud.central import admission, reports, reservations, specs
 from recvirt.nestedcloud.central.intervals import FOREVER
 from recvirt.nestedcloud.central.models import (
     ACTIVE_PHASES,
@@ -32,7 +32,7 @@ from recvirt.nestedcloud.central.models import (
     Volume,
     Worker,
 )
-from recvirt.nestedcloud.central.problems import KeyReused, OperationActive, Refused, WrongState
+from recvirt.nestedcloud.central.problems import KeyReused, OperationActive, Refused, WorkerRevoked, WrongState
 from recvirt.nestedcloud.model import Kind, ModelError, check_name
 
 #: The states in which an operation makes sense.
@@ -54,6 +54,8 @@ ALLOWED: Mapping[Kind, tuple[str, ...]] = {
     Kind.REVERT: (InstanceState.ON, InstanceState.OFF),
     Kind.SNAPSHOT_REMOVE: (InstanceState.ON, InstanceState.OFF, InstanceState.SUSPENDED),
 }
+#: What can be forgotten when the worker that has it is out of reach for good.
+_REMOVALS = (Kind.DELETE, Kind.VOLUME_REMOVE)
 _SNAPSHOT_KINDS = (Kind.SNAPSHOT, Kind.REVERT, Kind.SNAPSHOT_REMOVE)
 
 
@@ -218,7 +220,10 @@ def record(
     worker: Worker | None, instance: Instance | None = None, volume: Volume | None = None, image: Image | None = None,
     source: Instance | None = None,
 ) -> Operation:  # fmt: skip
-    """The row of an operation, and the event that it was asked for."""
+    """The row of an operation, and the event that it was asked for. WorkerRevoked when nobody would carry it out."""
+    out_of_reach = worker is not None and worker.revoked
+    if worker is not None and out_of_reach and kind not in _REMOVALS:
+        raise WorkerRevoked(f"the worker {worker.name} was revoked: what is there can't be reached any more")
     target = volume or image or instance
     operation = Operation.objects.create(
         project=project, user=user, instance=instance, volume=volume, image=image, source=source, worker=worker,
@@ -231,6 +236,8 @@ def record(
         data={"kind": kind.value, "name": target.name if target is not None else "",
               **{what: str(row.uuid) for what, row in about.items() if row is not None}},
     )  # fmt: skip
+    if out_of_reach:
+        reports.forget(operation)
     return operation
 
 

@@ -42,6 +42,12 @@ class KeyReused(Refused):
     default_code = "idempotency-key-reused"
 
 
+class WorkerRevoked(Refused):
+    """The worker was shut out for good: nobody will do it."""
+
+    default_code = "worker-revoked"
+
+
 class QuotaExceeded(Refused):
     """The project may not have so much."""
 

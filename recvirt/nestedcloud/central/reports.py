@@ -46,6 +46,9 @@ def apply(report: Report) -> bool:
         if operation is None or str(operation.worker_id) != report.worker:
             log.warning("a report on %s by %s, who was not asked", report.operation, report.worker)
             return False
+        if operation.worker is not None and operation.worker.revoked:
+            log.warning("a report on %s by %s, who was revoked", report.operation, report.worker)
+            return False
         # An attempt that was given up may yet succeed, and then it has; but only the last one may fail.
         stale = report.attempt < operation.attempt and report.phase is not Phase.SUCCEEDED
         if stale or (operation.is_final and not _was_given_up(operation, report)):
@@ -57,19 +60,32 @@ def apply(report: Report) -> bool:
         operation.started = operation.started or now
         operation.lease_until = now + timedelta(seconds=settings.CONFIG.lease_seconds)
         if report.phase.is_final:
-            operation.finished = now
-            operation.lease_until = None
-            operation.fault = report.fault.value if report.fault else ""
-            operation.facts = dict(report.facts)
-            _finish(operation, report)
-            storage_reports.finish(operation, report.phase is Phase.SUCCEEDED, report.facts)
-        operation.save()
-        if report.phase.is_final:
-            Event.objects.create(
-                project=operation.project, user=operation.user, kind=f"operation.{operation.phase}",
-                subject=operation.uuid, data={"kind": operation.kind, "message": operation.message},
-            )  # fmt: skip
+            _end(operation, report)
+        else:
+            operation.save()
         return True
+
+
+def _end(operation: Operation, report: Report) -> None:
+    operation.finished, operation.lease_until = timezone.now(), None
+    operation.fault = report.fault.value if report.fault else ""
+    operation.facts = dict(report.facts)
+    _finish(operation, report)
+    storage_reports.finish(operation, report.phase is Phase.SUCCEEDED, report.facts)
+    operation.save()
+    Event.objects.create(
+        project=operation.project, user=operation.user, kind=f"operation.{operation.phase}",
+        subject=operation.uuid, data={"kind": operation.kind, "message": operation.message},
+    )  # fmt: skip
+
+
+def forget(operation: Operation) -> None:
+    """End a removal that no worker can carry out any more, as if it had been: what was there is out of reach, and need
+    not count against anybody. Called in the transaction that makes the operation.
+    """
+    operation.phase, operation.progress = Phase.SUCCEEDED.value, 100
+    operation.message = "its worker was revoked: the cloud has forgotten it, and on the worker nothing was done"
+    _end(operation, Report(str(operation.pk), 0, str(operation.worker_id), Phase.SUCCEEDED))
 
 
 def _was_given_up(operation: Operation, report: Report) -> bool:

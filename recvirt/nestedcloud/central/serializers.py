@@ -7,7 +7,8 @@ from typing import Any
 from django.db.models import Q
 from rest_framework import serializers
 
-from recvirt.nestedcloud.central import bundled
+from recvirt.nestedcloud.central import bundled, peers
+from recvirt.nestedcloud.central.auth import is_administrator
 from recvirt.nestedcloud.central.models import (
     Event,
     Image,
@@ -35,14 +36,30 @@ class ProjectSerializer(serializers.ModelSerializer[Project]):
 
 
 class WorkerSerializer(serializers.ModelSerializer[Worker]):
-    """A hypervisor."""
+    """A hypervisor. ``status`` is up, draining, away or revoked; ``peer`` is its end of the tunnel, for administrators,
+    and empty for the central node's own.
+    """
 
     up = serializers.BooleanField(source="is_up", read_only=True)
+    status = serializers.CharField(read_only=True)
+    peer = serializers.SerializerMethodField()
+
+    def get_peer(self, worker: Worker) -> dict[str, Any] | None:
+        """Address, public key and when it came."""
+        request = self.context.get("request")
+        peer = getattr(worker, "peer", None)
+        if request is None or peer is None or not is_administrator(request):
+            return None
+        return {
+            "address": peers.address_of(peer), "public_key": peer.public_key, "joined": peer.created.isoformat(),
+            "rotated": peer.rotated.isoformat() if peer.rotated is not None else None,
+        }  # fmt: skip
 
     class Meta:
         model = Worker
         fields = [
-            "uuid", "name", "up", "draining", "revoked", "last_seen", "vcpus", "memory_bytes", "disk_bytes", "features",
+            "uuid", "name", "up", "status", "draining", "revoked", "last_seen", "vcpus", "memory_bytes", "disk_bytes",
+            "features", "peer",
         ]  # fmt: skip
 
 
@@ -87,6 +104,11 @@ class InstanceSerializer(serializers.ModelSerializer[Instance]):
     nics = NicSerializer(many=True, read_only=True)
     volumes = serializers.SlugRelatedField[Volume](slug_field="name", many=True, read_only=True)
     operation = serializers.SerializerMethodField()
+    away = serializers.SerializerMethodField()
+
+    def get_away(self, instance: Instance) -> str:
+        """Why nothing can be done to it now and ``power`` is what was last known; empty when its worker is there."""
+        return instance.worker.why_away if instance.worker is not None else ""
 
     def get_operation(self, instance: Instance) -> dict[str, Any] | None:
         """The active one."""
@@ -96,8 +118,9 @@ class InstanceSerializer(serializers.ModelSerializer[Instance]):
     class Meta:
         model = Instance
         fields = [
-            "uuid", "name", "state", "power", "operation", "image", "worker", "vcpus", "vcpus_max", "memory_bytes",
-            "memory_max_bytes", "disk_bytes", "priority", "nest", "nics", "volumes", "ssh_keys", "snapshots", "created",
+            "uuid", "name", "state", "power", "operation", "image", "worker", "away", "vcpus", "vcpus_max",
+            "memory_bytes", "memory_max_bytes", "disk_bytes", "priority", "nest", "nics", "volumes", "ssh_keys",
+            "snapshots", "created",
         ]  # fmt: skip
 
 

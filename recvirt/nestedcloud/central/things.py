@@ -122,6 +122,23 @@ class Worker(Row):
             return False
         return (timezone.now() - self.last_seen).total_seconds() < settings.WORKER_LOST_SECONDS
 
+    @property
+    def status(self) -> str:
+        """In one word: up, draining (up, and nothing new is placed there), away or revoked."""
+        if self.revoked:
+            return "revoked"
+        return ("draining" if self.draining else "up") if self.is_up else "away"
+
+    @property
+    def why_away(self) -> str:
+        """Why what is asked of it now is not done now; empty when it is there."""
+        if self.revoked:
+            return f"the worker {self.name} was revoked"
+        if self.is_up:
+            return ""
+        since = f"since {self.last_seen:%Y-%m-%d %H:%M:%S} UTC" if self.last_seen is not None else "yet"
+        return f"the worker {self.name} was not heard of {since}"
+
     def __str__(self) -> str:
         return self.name
 

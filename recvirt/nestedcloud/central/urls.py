@@ -9,6 +9,7 @@ from recvirt.nestedcloud.central import (
     console_views,
     health,
     openapi,
+    peer_views,
     people,
     relay,
     storage_views,
@@ -23,7 +24,9 @@ router.register("projects", people.Projects, basename="project")
 router.register("users", people.Users, basename="user")
 router.register("tokens", people.Tokens, basename="token")
 router.register("audit", people.Audit, basename="audit")
-router.register("workers", views.Workers, basename="worker")
+# Before the workers: one of them can't be called so.
+router.register("workers/invitations", peer_views.Invitations, basename="invitation")
+router.register("workers", peer_views.Workers, basename="worker")
 _below = rf"projects/(?P<project>{NAME.pattern})"
 router.register(f"{_below}/instances", views.Instances, basename="instance")
 router.register(f"{_below}/operations", views.Operations, basename="operation")
@@ -42,6 +45,8 @@ urlpatterns = [
     path(f"{_instance}/log", console_views.Consoles.as_view({"post": "log"})),
     path("api/v1/console/<uuid:session>", relay.console_socket),
     path("api/v1/projects/<slug:project>/events/stream", stream.stream),
+    path("api/v1/join", peer_views.Join.as_view({"post": "join"})),
+    path("api/v1/peer", peer_views.PeerDoor.as_view({"post": "peer"})),
     path("api/v1/whoami", people.Who.as_view({"get": "whoami"})),
     path("api/v1/status", health.Status.as_view()),
     path("api/v1/openapi.json", openapi.Schema.as_view()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from django.db.models import Prefetch, QuerySet
-from rest_framework import mixins, viewsets
+from rest_framework import mixins
 from rest_framework.decorators import action
 from rest_framework.exceptions import ValidationError
 from rest_framework.request import Request
@@ -19,20 +19,9 @@ from recvirt.nestedcloud.central.models import (
     InstanceState,
     Network,
     Operation,
-    Worker,
 )
 from recvirt.nestedcloud.central.scoped import ProjectScoped
 from recvirt.nestedcloud.model import NAME, Kind
-
-
-class Workers(mixins.ListModelMixin, mixins.RetrieveModelMixin, viewsets.GenericViewSet[Worker]):
-    """The hypervisors."""
-
-    open_to_scoped = True
-    serializer_class = serializers.WorkerSerializer
-    queryset = Worker.objects.order_by("name")
-    lookup_field = "name"
-    lookup_value_regex = NAME.pattern
 
 
 class Networks(mixins.ListModelMixin, ProjectScoped):

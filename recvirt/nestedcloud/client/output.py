@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import click
+
+from recvirt.nestedcloud.statuses import ExitStatus
 
 Column = tuple[str, str]
 
@@ -68,3 +71,11 @@ def fields(row: Mapping[str, Any], *, as_json: bool) -> None:
     for name, value in row.items():
         text = json.dumps(value) if isinstance(value, dict) else cell(value, name)
         click.echo(f"{name.replace('_', ' ').ljust(width)}  {text}")
+
+
+def fail(message: str, hint: str, status: ExitStatus) -> NoReturn:
+    """An error as one line, what to do about it, and the end."""
+    click.echo(f"error: {message}", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)
+    sys.exit(status)

@@ -23,6 +23,7 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 from recvirt.nestedcloud import console
 from recvirt.nestedcloud.console import MESSAGE_BYTES_MAX, PING_SECONDS, Close, ConsoleCall
 from recvirt.nestedcloud.model import Fault, ModelError, decode
+from recvirt.nestedcloud.pinned import pinned_context
 from recvirt.nestedcloud.queue import CONSOLE, console_queue, make_app
 from recvirt.nestedcloud.worker.console_log import read_log
 from recvirt.nestedcloud.worker.console_stream import (
@@ -212,6 +213,8 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
     """What the central node's certificate is checked with; None where there is no TLS (on the loopback)."""
     if not config.api.startswith("https://"):
         return None
+    if config.api_pinned:
+        return pinned_context(Path(config.api_ca).read_text())
     return ssl.create_default_context(cafile=config.api_ca or None)
 
 

@@ -39,7 +39,8 @@ class Config:
     """``pool`` and ``concurrency`` are Celery's; libvirt's test driver lives in one process, so it wants threads.
 
     ``api`` is where the central node is reached for consoles, and ``api_ca`` the file that its certificate is checked
-    with (empty: the system's authorities). They are what an image with everything in it has.
+    with (empty: the system's authorities); ``api_pinned``: that file is the certificate itself, whatever names are in
+    it. They are what an image with everything in it has.
     """
 
     uuid: str
@@ -59,6 +60,7 @@ class Config:
     fetch_allow: tuple[str, ...] = ()
     api: str = "https://127.0.0.1"
     api_ca: str = "/etc/recvirt-cloud/tls/cert.pem"
+    api_pinned: bool = False
 
     @property
     def fetch_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
