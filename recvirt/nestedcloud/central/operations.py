@@ -16,7 +16,7 @@ from typing import Any
 from django.contrib.auth.models import User
 from django.db import transaction
 
-from recvirt.nestedcloud.central import admission, reservations, specs
+from recvirt.nestedcloud.central import addressing, admission, reservations, specs
 from recvirt.nestedcloud.central.intervals import FOREVER
 from recvirt.nestedcloud.central.models import (
     ACTIVE_PHASES,
@@ -26,7 +26,6 @@ from recvirt.nestedcloud.central.models import (
     Instance,
     InstanceState,
     Network,
-    Nic,
     Operation,
     Project,
     Volume,
@@ -132,7 +131,7 @@ def launch(
             **fields,
         )  # fmt: skip
         for position, network in enumerate(wish["networks"]):
-            Nic.objects.create(instance=instance, network=network, position=position, mac=specs.new_mac())
+            addressing.add_nic(instance, network, position)
         try:
             specs.instance_spec(instance)
         except ModelError as error:
@@ -157,6 +156,8 @@ def request(
         if locked.state not in ALLOWED[kind]:
             raise WrongState(f"{kind} is not for an instance that is {locked.state}", state=locked.state)
         checked = _checked(locked, kind, args)
+        if kind is Kind.START:
+            addressing.complete(locked)
         locked.generation += 1
         locked.save()
         return _record(project, user, kind, locked, checked, key, digest)

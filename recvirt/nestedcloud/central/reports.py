@@ -14,7 +14,7 @@ from django.db import transaction
 from django.db.models import Q
 from django.utils import timezone
 
-from recvirt.nestedcloud.central import storage_reports
+from recvirt.nestedcloud.central import addressing, forward_reports, storage_reports
 from recvirt.nestedcloud.central.models import (
     ACTIVE_PHASES,
     Event,
@@ -63,6 +63,7 @@ def apply(report: Report) -> bool:
             operation.facts = dict(report.facts)
             _finish(operation, report)
             storage_reports.finish(operation, report.phase is Phase.SUCCEEDED, report.facts)
+            forward_reports.finish(operation, report.phase is Phase.SUCCEEDED, report.facts)
         operation.save()
         if report.phase.is_final:
             Event.objects.create(
@@ -105,6 +106,7 @@ def _finish(operation: Operation, report: Report) -> None:
     if report.phase is Phase.SUCCEEDED:
         if kind is Kind.DELETE:
             instance.state, instance.power = InstanceState.DELETED, Power.ABSENT.value
+            addressing.release(instance)
         else:
             _see_after(instance, kind, _domain_of(report))
     instance.power_seen = timezone.now()
@@ -152,6 +154,7 @@ def heard(beat: Heartbeat) -> list[str]:
     domains = {domain.uuid: domain for domain in beat.domains}
     known = set()
     passed_over = False
+    addressing.seen(worker, beat.addresses)
     for key in Instance.objects.filter(worker_id=beat.worker).values_list("uuid", flat=True):
         known.add(str(key))
         passed_over |= not _compare(key, domains.get(str(key)), restarted)

@@ -31,7 +31,10 @@ class ProjectSerializer(serializers.ModelSerializer[Project]):
 
     class Meta:
         model = Project
-        fields = ["uuid", "name", "instances_max", "vcpus_max", "memory_bytes_max", "disk_bytes_max", "created"]
+        fields = [
+            "uuid", "name", "instances_max", "vcpus_max", "memory_bytes_max", "disk_bytes_max", "forwards_max",
+            "created",
+        ]  # fmt: skip
 
 
 class WorkerSerializer(serializers.ModelSerializer[Worker]):
@@ -58,10 +61,15 @@ class NicSerializer(serializers.ModelSerializer[Nic]):
     """A network card."""
 
     network = serializers.SlugRelatedField[Network](slug_field="name", read_only=True)
+    address = serializers.SerializerMethodField()
+
+    def get_address(self, nic: Nic) -> str | None:
+        """Its IPv4 address: kept for it, or seen on it; null when nothing is known."""
+        return nic.address or nic.seen_address or None
 
     class Meta:
         model = Nic
-        fields = ["network", "mac", "bandwidth_kib"]
+        fields = ["network", "mac", "address", "bandwidth_kib"]
 
 
 class OperationSerializer(serializers.ModelSerializer[Operation]):
@@ -87,6 +95,11 @@ class InstanceSerializer(serializers.ModelSerializer[Instance]):
     nics = NicSerializer(many=True, read_only=True)
     volumes = serializers.SlugRelatedField[Volume](slug_field="name", many=True, read_only=True)
     operation = serializers.SerializerMethodField()
+    address = serializers.SerializerMethodField()
+
+    def get_address(self, instance: Instance) -> str | None:
+        """That of its first card which has one."""
+        return next((found for nic in instance.nics.all() if (found := nic.address or nic.seen_address)), None)
 
     def get_operation(self, instance: Instance) -> dict[str, Any] | None:
         """The active one."""
@@ -96,8 +109,9 @@ class InstanceSerializer(serializers.ModelSerializer[Instance]):
     class Meta:
         model = Instance
         fields = [
-            "uuid", "name", "state", "power", "operation", "image", "worker", "vcpus", "vcpus_max", "memory_bytes",
-            "memory_max_bytes", "disk_bytes", "priority", "nest", "nics", "volumes", "ssh_keys", "snapshots", "created",
+            "uuid", "name", "state", "power", "address", "operation", "image", "worker", "vcpus", "vcpus_max",
+            "memory_bytes", "memory_max_bytes", "disk_bytes", "priority", "nest", "nics", "volumes", "ssh_keys",
+            "snapshots", "created",
         ]  # fmt: skip
 
 

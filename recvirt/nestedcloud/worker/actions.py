@@ -68,7 +68,7 @@ def _ensure(site: Site, command: Command, spec: InstanceSpec) -> None:
     for number, data in enumerate(command.args.get("networks", ())):
         network = decode(NetworkSpec, data)
         site.progress(10 + number, f"network {network.name}")
-        site.hypervisor.ensure_network(network)
+        site.hypervisor.networks.ensure(network, spec)
     site.progress(30, "copying the image")
     site.storage.ensure_root(spec)
     site.progress(60, "writing first-boot data")
@@ -132,6 +132,7 @@ def delete(site: Site, command: Command) -> Facts:
     if domain is not None:
         _check_fresh(site, domain, spec)
         site.hypervisor.remove(domain)
+    site.hypervisor.networks.let_go(spec)
     site.progress(60, "removing its disks")
     site.storage.remove_instance(spec.uuid)
     return {"domain": None}
@@ -233,7 +234,7 @@ def network_ensure(site: Site, command: Command) -> Facts:
     """Have a network, running."""
     if command.network is None:
         raise ActionError(Fault.INVALID, f"{command.kind} without a network")
-    site.hypervisor.ensure_network(command.network)
+    site.hypervisor.networks.ensure(command.network)
     return {}
 
 
@@ -241,7 +242,7 @@ def network_remove(site: Site, command: Command) -> Facts:
     """Have it no more."""
     if command.network is None:
         raise ActionError(Fault.INVALID, f"{command.kind} without a network")
-    site.hypervisor.remove_network(command.network.uuid)
+    site.hypervisor.networks.remove(command.network.uuid)
     return {}
 
 

@@ -1,0 +1,126 @@
+"""libvirt's networks: there, running, and with the addresses that are kept for cards.
+
+Owns the reservations in a network's DHCP. Does not own the connection or how errors are told (``hypervisor``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import libvirt
+
+from recvirt.nestedcloud.addresses import HostSpec
+from recvirt.nestedcloud.model import InstanceSpec, NetworkSpec
+from recvirt.nestedcloud.worker.domain import host_element, network_name, network_xml
+
+_SECTION = libvirt.VIR_NETWORK_SECTION_IP_DHCP_HOST
+_ADD, _DELETE = libvirt.VIR_NETWORK_UPDATE_COMMAND_ADD_LAST, libvirt.VIR_NETWORK_UPDATE_COMMAND_DELETE
+#: What a network is now, and what it will be when it is started again: each has reservations of its own.
+_CONFIG, _LIVE = libvirt.VIR_NETWORK_UPDATE_AFFECT_CONFIG, libvirt.VIR_NETWORK_UPDATE_AFFECT_LIVE
+
+#: Calls libvirt; its errors become ActionErrors.
+Call = Callable[..., Any]
+
+
+class Networks:
+    """Those of one connection. ``lasting``: they are more than what runs now; in libvirt's test driver they are not."""
+
+    def __init__(self, connection: Any, call: Call, *, lasting: bool = True) -> None:
+        self._connection = connection
+        self._call = call
+        self._lasting = lasting
+
+    def find(self, uuid: str) -> Any | None:
+        """libvirt's network, or None."""
+        try:
+            return self._connection.networkLookupByName(network_name(uuid))
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_NETWORK:
+                # In our words.
+                self._call(self._connection.networkLookupByName, network_name(uuid))
+            return None
+
+    def ensure(self, spec: NetworkSpec, instance: InstanceSpec | None = None) -> None:
+        """Define and start a network, have it come back with libvirtd, and keep its addresses for its cards.
+
+        What is kept for others is only added to: the message may be an old one. The cards of ``instance`` come first.
+        """
+        network = self.find(spec.uuid)
+        if network is None:
+            network = self._call(self._connection.networkDefineXML, network_xml(spec))
+        if not network.isActive():
+            try:
+                network.create()
+            except libvirt.libvirtError:
+                # The first two instances of a network may come at once, each to a process of its own.
+                if not network.isActive():
+                    self._call(network.create)
+        self._call(network.setAutostart, 1)
+        if spec.kind == "bridge":
+            return
+        self._keep(network, own_hosts(instance, spec.uuid), instead=True)
+        self._keep(network, spec.hosts, instead=False)
+
+    def remove(self, uuid: str) -> None:
+        """Stop and forget a network, unless it is gone."""
+        network = self.find(uuid)
+        if network is None:
+            return
+        if network.isActive():
+            self._call(network.destroy)
+        self._call(network.undefine)
+
+    def let_go(self, instance: InstanceSpec) -> None:
+        """Keep the addresses of an instance's cards no more."""
+        for uuid in sorted({nic.network for nic in instance.nics}):
+            network = self.find(uuid)
+            if network is None:
+                continue
+            macs = {nic.mac for nic in instance.nics}
+            for flag in self._flags(network):
+                for host in _kept(network, flag):
+                    if host.mac in macs:
+                        self._update(network, _DELETE, host, flag)
+
+    def _keep(self, network: Any, hosts: Iterable[HostSpec], *, instead: bool) -> None:
+        """Have reservations; ``instead`` of others with the same card or address, else only beside them."""
+        for flag in self._flags(network):
+            there = _kept(network, flag)
+            for host in hosts:
+                others = [other for other in there if other.mac == host.mac or other.address == host.address]
+                if host in others or (others and not instead):
+                    continue
+                for other in others:
+                    self._update(network, _DELETE, other, flag)
+                    there.remove(other)
+                self._update(network, _ADD, host, flag)
+                there.append(host)
+
+    def _flags(self, network: Any) -> list[int]:
+        if not self._lasting:
+            return [_LIVE]
+        return [_CONFIG, _LIVE] if network.isActive() else [_CONFIG]
+
+    def _update(self, network: Any, command: int, host: HostSpec, flag: int) -> None:
+        text = ET.tostring(host_element(host), encoding="unicode")
+        try:
+            network.update(command, _SECTION, -1, text, flag)
+        except libvirt.libvirtError:
+            # Another process may have done it meanwhile.
+            if (host in _kept(network, flag)) is (command == _DELETE):
+                self._call(network.update, command, _SECTION, -1, text, flag)
+
+
+def own_hosts(instance: InstanceSpec | None, network: str) -> list[HostSpec]:
+    """The addresses of an instance's cards in a network."""
+    nics = instance.nics if instance is not None else ()
+    return [HostSpec(nic.mac, nic.address) for nic in nics if nic.network == network and nic.address]
+
+
+def _kept(network: Any, flag: int) -> list[HostSpec]:
+    """The reservations in a network's DHCP."""
+    text = network.XMLDesc(libvirt.VIR_NETWORK_XML_INACTIVE if flag == _CONFIG else 0)
+    found = ET.fromstring(text).iterfind("ip/dhcp/host")  # noqa: S314 - libvirt wrote it
+    return [HostSpec(item.get("mac", ""), item.get("ip", "")) for item in found]
