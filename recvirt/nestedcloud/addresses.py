@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv4Network
+from typing import Any
 
-from recvirt.nestedcloud.codec import ModelError
+from recvirt.nestedcloud.codec import ModelError, decode
 
 PROTOCOLS = ("tcp", "udp")
 #: Below it ports are the system's (ip_unprivileged_port_start), and only administrators forward them.
 UNPRIVILEGED_PORT = 1024
-#: What the cloud itself is reached by: SSH, rpcbind, API, NFS, epmd, PostgreSQL, the broker, the tunnel, Erlang.
-MANAGEMENT_PORTS = frozenset({22, 111, 443, 2049, 4369, 5432, 5672, 25672, 51820})
+#: What the cloud itself is reached by: SSH, rpcbind, API, NFS, epmd, PostgreSQL, the broker, Erlang, the tunnel; and by
+#: what its guests are served: DNS and DHCP.
+MANAGEMENT_PORTS = frozenset({22, 53, 67, 68, 111, 443, 2049, 4369, 5432, 5672, 25672, 51820})
 
 
 def check_mac(text: str) -> str:
@@ -88,9 +91,39 @@ class ForwardSpec:
             if not 1 <= port <= 65535:
                 raise ModelError(f"port {port}: want 1 to 65535")
         if self.host_port in MANAGEMENT_PORTS:
-            raise ModelError(f"port {self.host_port} is one by which the cloud itself is reached")
+            raise ModelError(f"port {self.host_port} is one that the cloud itself needs")
         if not re.fullmatch(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", self.network):
             raise ModelError(f"{self.network!r} is no UUID in lower case")
         check_address(self.address)
         if self.source and check_source(self.source) != self.source:
             raise ModelError(f"{self.source}: want its canonical form")
+
+
+@dataclass(frozen=True)
+class WantedForwards:
+    """What a worker wants for one instance: the file that its root service reads."""
+
+    instance: str
+    generation: int
+    operation: str
+    forwards: tuple[ForwardSpec, ...] = ()
+
+
+@dataclass(frozen=True)
+class AppliedForwards:
+    """What became of such a file: its SHA-256, and why something in it is not in effect (empty: all is)."""
+
+    sha256: str
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class AppliedState:
+    """What the root service did last, by instance."""
+
+    instances: Mapping[str, Any]
+
+    def of(self, instance: str) -> AppliedForwards | None:
+        """What became of an instance's file; None when there was none."""
+        found = self.instances.get(instance)
+        return decode(AppliedForwards, found) if found is not None else None

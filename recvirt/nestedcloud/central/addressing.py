@@ -1,5 +1,5 @@
-"""Which card has which address. A network's subnet is chosen here, so its addresses are too: unique in a network, for as
-long as the card is there.
+"""Which card has which address. A network's subnet is chosen here, so its addresses are too: unique in a network, for
+as long as the card is there.
 
 Called in the transaction that makes the card, with its project's row locked.
 """

@@ -34,8 +34,7 @@ class ForwardSerializer(serializers.ModelSerializer[Forward]):
 class NewForwardSerializer(Strict):
     """A forward to be made. ``source`` is the network that may come, as 192.0.2.0/24; empty: everybody."""
 
-    # To Django REST framework a field, not the attribute of that name.
-    instance = serializers.CharField()  # type: ignore[assignment]
+    instance = serializers.CharField()
     network = serializers.CharField(required=False)
     protocol = serializers.ChoiceField(choices=ForwardProtocol.choices, default=ForwardProtocol.TCP.value)
     host_port = serializers.IntegerField(min_value=1, max_value=65535)

@@ -96,7 +96,7 @@ def removed_before(project: Project, user: User | None, forward: str, key: str |
 
 def _check_port(port: int, privileged: bool) -> None:
     if port in MANAGEMENT_PORTS:
-        raise Refused(f"port {port} is one by which the cloud itself is reached, and is never forwarded")
+        raise Refused(f"port {port} is one that the cloud itself needs, and is never forwarded")
     if port < UNPRIVILEGED_PORT and not privileged:
         raise Refused(f"ports below {UNPRIVILEGED_PORT} are for the cloud's administrators: choose a higher one")
 
