@@ -201,7 +201,7 @@ def let_pass(run: Run) -> list[str]:
         rules = [line for line in text.splitlines() if line.startswith("-A ")]
         ours = [line for line in rules if f"--comment {_COMMENT} " in line]
         if not rules or ours != [rules[0]]:
-            words = ["FORWARD", "-m", "connmark", "--mark", f"{MARK:#x}", "-m", "conntrack", "--ctstatus", "DNAT",
+            words = ["FORWARD", "-m", "connmark", "--mark", f"{MARK:#x}", "-m", "conntrack", "--ctstate", "DNAT",
                      "-m", "comment", "--comment", _COMMENT, "-j", "ACCEPT"]  # fmt: skip
             for _ in ours:
                 _checked(run(["iptables", "-w", "5", "-D", *words], ""), "iptables")

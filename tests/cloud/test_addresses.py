@@ -222,6 +222,57 @@ def test_what_libvirt_refuses_is_told(bench: Bench, monkeypatch: pytest.MonkeyPa
     assert bench.do(Kind.LAUNCH, instance(nics=(card(2),)), networks=[network]).phase is Phase.FAILED
 
 
+class _Guest:
+    """A running domain with a card in a bridged network and one elsewhere, and what its agent says."""
+
+    def __init__(self, said: Any) -> None:
+        self.said, self.asked = said, list[int]()
+
+    def XMLDesc(self) -> str:  # noqa: N802 - libvirt's
+        cards = "".join(
+            f"<interface><mac address='52:54:00:00:00:0{number}'/><source network='recvirt-{network}'/></interface>"
+            for number, network in ((1, "aaaaaaaa"), (2, "bbbbbbbb"))
+        )
+        return f"<domain><devices>{cards}</devices></domain>"
+
+    def agentSetResponseTimeout(self, seconds: int) -> None:  # noqa: N802 - libvirt's
+        assert seconds == 1
+
+    def interfaceAddresses(self, source: int) -> Any:  # noqa: N802 - libvirt's
+        self.asked.append(source)
+        if isinstance(self.said, Exception) and len(self.asked) == 1:
+            raise self.said
+        return self.said if not isinstance(self.said, Exception) else _link("52:54:00:00:00:01", "192.0.2.9")
+
+
+def _link(mac: str, *addresses: str) -> dict[str, Any]:
+    return {"eth0": {"hwaddr": mac, "addrs": [{"addr": address} for address in addresses] or None}}
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        (_link("52:54:00:00:00:01", "127.0.0.1", "fe80::1", "192.0.2.7", "192.0.2.8"), "192.0.2.7"),
+        (_link("52:54:00:00:00:01"), None), (_link("52:54:00:00:00:02", "192.0.2.7"), None),
+        (_link("not a card; drop", "192.0.2.7"), None), (libvirt.libvirtError("no agent"), "192.0.2.9"),
+    ],
+)  # fmt: skip
+def test_of_what_a_guest_says_only_addresses_are_taken(bench: Bench, said: Any, found: str | None) -> None:
+    for name, mode in (("aaaaaaaa", "bridge"), ("bbbbbbbb", "nat")):
+        words = "<bridge name='br0'/>" if mode == "bridge" else "<ip address='10.1.2.1' prefix='24'/>"
+        bench.connection.networkDefineXML(
+            f"<network><name>recvirt-{name}</name><forward mode='{mode}'/>{words}</network>"
+        )  # fmt: skip
+    seen = bench.agent.hypervisor.networks.seen([_Guest(said)])
+    assert seen == ((HostSpec("52:54:00:00:00:01", found),) if found else ())
+
+
+def test_without_a_bridge_no_guest_is_asked(bench: Bench) -> None:
+    guest = _Guest({})
+    assert bench.agent.hypervisor.networks.seen([guest]) == () and guest.asked == []
+    assert bench.agent.heartbeat().addresses == ()
+
+
 # --- ssh, where an address leads somewhere
 
 

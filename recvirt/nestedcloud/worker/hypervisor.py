@@ -14,6 +14,7 @@ from xml.etree import ElementTree as ET
 
 import libvirt
 
+from recvirt.nestedcloud.addresses import HostSpec
 from recvirt.nestedcloud.model import MIB, DiskSpec, DomainFacts, Fault, InstanceSpec, Power
 from recvirt.nestedcloud.worker.domain import (
     NAMESPACE,
@@ -353,6 +354,12 @@ class Hypervisor:
     def networks(self) -> Networks:
         """libvirt's networks."""
         return Networks(self.connection, self._call, lasting=self.host.domain_type != "test")
+
+    def seen_addresses(self) -> tuple[HostSpec, ...]:
+        """What is seen on cards of this cloud's running domains where others hand out addresses."""
+        with in_our_words():
+            domains = self.connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+            return self.networks.seen(domain for domain in domains if self._own(domain) is not None)
 
     def capacity(self) -> tuple[int, int]:
         """vCPUs and bytes of memory of the host."""

@@ -5,20 +5,24 @@ Owns the reservations in a network's DHCP. Does not own the connection or how er
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 from xml.etree import ElementTree as ET
 
 import libvirt
 
 from recvirt.nestedcloud.addresses import HostSpec
-from recvirt.nestedcloud.model import InstanceSpec, NetworkSpec
+from recvirt.nestedcloud.model import InstanceSpec, ModelError, NetworkSpec
 from recvirt.nestedcloud.worker.domain import host_element, network_name, network_xml
 
 _SECTION = libvirt.VIR_NETWORK_SECTION_IP_DHCP_HOST
 _ADD, _DELETE = libvirt.VIR_NETWORK_UPDATE_COMMAND_ADD_LAST, libvirt.VIR_NETWORK_UPDATE_COMMAND_DELETE
 #: What a network is now, and what it will be when it is started again: each has reservations of its own.
 _CONFIG, _LIVE = libvirt.VIR_NETWORK_UPDATE_AFFECT_CONFIG, libvirt.VIR_NETWORK_UPDATE_AFFECT_LIVE
+
+#: In which order they are believed.
+_SOURCES = (libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_AGENT, libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_ARP)
+_AGENT_SECONDS = 1
 
 #: Calls libvirt; its errors become ActionErrors.
 Call = Callable[..., Any]
@@ -84,6 +88,26 @@ class Networks:
                     if host.mac in macs:
                         self._update(network, _DELETE, host, flag)
 
+    def seen(self, domains: Iterable[Any]) -> tuple[HostSpec, ...]:
+        """Addresses on running domains' cards in bridged networks, as far as guests' agents or the host's neighbours
+        tell. A guest that does not answer is passed over.
+        """
+        bridged = {network.name() for network in self._call(self._connection.listAllNetworks) if _is_bridged(network)}
+        if not bridged:
+            return ()
+        found: dict[str, HostSpec] = {}
+        for domain in domains:
+            try:
+                macs = _macs_in(domain, bridged)
+                for source in _SOURCES if macs else ():
+                    for host in _addresses(domain, source):
+                        if host.mac in macs:
+                            found.setdefault(host.mac, host)
+            except libvirt.libvirtError:
+                # It has just gone, or is being stopped.
+                continue
+        return tuple(found[mac] for mac in sorted(found))
+
     def _keep(self, network: Any, hosts: Iterable[HostSpec], *, instead: bool) -> None:
         """Have reservations; ``instead`` of others with the same card or address, else only beside them."""
         for flag in self._flags(network):
@@ -124,3 +148,38 @@ def _kept(network: Any, flag: int) -> list[HostSpec]:
     text = network.XMLDesc(libvirt.VIR_NETWORK_XML_INACTIVE if flag == _CONFIG else 0)
     found = ET.fromstring(text).iterfind("ip/dhcp/host")  # noqa: S314 - libvirt wrote it
     return [HostSpec(item.get("mac", ""), item.get("ip", "")) for item in found]
+
+
+def _is_bridged(network: Any) -> bool:
+    """Whether it is one of ours where others hand out the addresses."""
+    if not network.name().startswith("recvirt-"):
+        return False
+    forward = ET.fromstring(network.XMLDesc()).find("forward")  # noqa: S314 - libvirt wrote it
+    return forward is not None and forward.get("mode") == "bridge"
+
+
+def _macs_in(domain: Any, networks: Container[str]) -> set[str]:
+    """The domain's cards in some networks."""
+    cards = ET.fromstring(domain.XMLDesc()).iterfind("devices/interface")  # noqa: S314 - libvirt wrote it
+    return {
+        card.find("mac").get("address", "")  # type: ignore[union-attr]
+        for card in cards
+        if (source := card.find("source")) is not None and source.get("network") in networks
+    }
+
+
+def _addresses(domain: Any, source: int) -> Iterator[HostSpec]:
+    """What one source tells. A guest may say anything: what is no address of a card is left out."""
+    try:
+        if source == libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_AGENT:
+            domain.agentSetResponseTimeout(_AGENT_SECONDS)
+        links = domain.interfaceAddresses(source)
+    except libvirt.libvirtError:
+        # No agent, mostly.
+        return
+    for link in links.values():
+        for address in link["addrs"] or ():
+            try:
+                yield HostSpec(str(link["hwaddr"]), str(address["addr"]))
+            except ModelError:
+                continue
