@@ -16,9 +16,9 @@ from recvirt.nestedcloud.model import Fault, InstanceSpec, ModelError, check_uui
 from recvirt.nestedcloud.worker.errors import ActionError
 from recvirt.nestedcloud.worker.storage import whole_file
 
-#: How long the service may take, and after how long without an answer it is woken up again.
-WAIT_SECONDS = 20.0
-_AGAIN_SECONDS = 3.0
+#: How long the service may take (Python starts slowly under emulation), and after how long without an answer it is woken up again.
+WAIT_SECONDS = 60.0
+_AGAIN_SECONDS = 5.0
 _POLL_SECONDS = 0.1
 _SILENT = "the service that forwards ports did not answer: systemctl status recvirt-cloud-forwards.service"
 

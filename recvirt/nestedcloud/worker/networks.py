@@ -38,13 +38,15 @@ class Networks:
 
     def find(self, uuid: str) -> Any | None:
         """libvirt's network, or None."""
+        return self._call(self._look, uuid)
+
+    def _look(self, uuid: str) -> Any | None:
         try:
             return self._connection.networkLookupByName(network_name(uuid))
         except libvirt.libvirtError as error:
-            if error.get_error_code() != libvirt.VIR_ERR_NO_NETWORK:
-                # In our words.
-                self._call(self._connection.networkLookupByName, network_name(uuid))
-            return None
+            if error.get_error_code() == libvirt.VIR_ERR_NO_NETWORK:
+                return None
+            raise
 
     def ensure(self, spec: NetworkSpec, instance: InstanceSpec | None = None) -> None:
         """Define and start a network, have it come back with libvirtd, and keep its addresses for its cards.
