@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Iterator
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -13,9 +15,9 @@ import pytest
 from django.db import IntegrityError, transaction
 
 from recvirt.nestedcloud.addresses import HostSpec, check_address, guest_addresses
-from recvirt.nestedcloud.central import images, operations, reports
+from recvirt.nestedcloud.central import addressing, images, operations, reports
 from recvirt.nestedcloud.central.models import Instance, Network, NetworkKind, Nic
-from recvirt.nestedcloud.central.problems import NetworkFull
+from recvirt.nestedcloud.central.problems import NetworkFull, NoCapacity
 from recvirt.nestedcloud.central.specs import command_of
 from recvirt.nestedcloud.client.api import Api, ApiError
 from recvirt.nestedcloud.client.network_commands import reached_here
@@ -134,6 +136,30 @@ def test_what_is_no_address_of_a_guest(text: str) -> None:
 
 def test_host_and_broadcast_are_nobodys() -> None:
     assert guest_addresses("10.5.0.0/29") == [f"10.5.0.{number}" for number in range(2, 7)]
+
+
+_ROUTES = """\
+Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
+eth0\t00000000\t01001EAC\t0003\t0\t0\t100\t00000000\t0\t0\t0
+eth0\t00001EAC\t00000000\t0001\t0\t0\t100\t00FFFFFF\t0\t0\t0
+rvaaaaaaaa\t00031EAC\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
+"""
+
+
+@pytest.mark.skipif(sys.byteorder != "little", reason="the routes above are a little-endian machine's")
+def test_an_instance_of_another_cloud_takes_no_subnet_that_it_is_in(
+    cloud: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "route"
+    path.write_text(_ROUTES)
+    assert [str(block) for block in addressing.routed(path)] == ["172.30.0.0/24"]
+    assert addressing.routed(tmp_path / "absent") == []
+    found = addressing.routed(path)
+    monkeypatch.setattr(addressing, "routed", lambda: found)
+    assert addressing.free_cidr() == "172.30.1.0/24"
+    monkeypatch.setattr(addressing, "routed", lambda: [IPv4Network("172.0.0.0/8")])
+    with pytest.raises(NoCapacity, match="no subnet"):
+        addressing.free_cidr()
 
 
 # --- the worker, on libvirt's test driver

@@ -193,11 +193,12 @@ def scene(folder: Path) -> dict[str, Any]:
     # A network that is started later is inserted before all others; and the rules are loaded once more.
     run("nft", "-f", "-", text=libvirt_network(*nets[0]))
     seen["after another network"] = probe("client", "10.77.0.1", 8080)
+    # Somebody's rule that came before ours.
+    run("nft", "insert", "rule", "ip", "libvirt_network", "forward", "counter")
     portmap.apply(folder, applied)
     seen["again the same"] = run("nft", "list", "table", "ip", portmap.TABLE) == table
-    seen["rules before libvirt's"] = run("nft", "list", "chain", "ip", "libvirt_network", "forward").count(
-        "recvirt-forwards"
-    )
+    lines = run("nft", "list", "chain", "ip", "libvirt_network", "forward").splitlines()
+    seen["ours"] = [number for number, line in enumerate(lines) if "recvirt-forwards" in line]
     # A flow that stands ends with its forward.
     flow = inside("client", lambda: socket.create_connection(("10.77.0.1", 8080)))
     flow.close()
@@ -242,7 +243,8 @@ def test_ports_lead_to_instances_past_libvirts_rules(tmp_path: Path) -> None:
         "from a neighbour": "web 172.30.5.1", "from another network": "web 172.30.5.1",
         "source": "web 10.77.0.2", "another source": "ConnectionRefusedError", "straight": "ConnectionRefusedError",
         "another port": "ConnectionRefusedError", "after another network": "web 10.77.0.2", "again the same": True,
-        "rules before libvirt's": 1, "standing": "web 10.77.0.2", "standing, removed": "timeout",
+        # After the table's, the chain's and the hook's line.
+        "ours": [3], "standing": "web 10.77.0.2", "standing, removed": "timeout",
         "kept": "web 10.77.0.2", "gone": "ConnectionRefusedError", "libvirt's rules are there": 6,
     }  # fmt: skip
 

@@ -6,13 +6,47 @@ Called in the transaction that makes the card, with its project's row locked.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from ipaddress import IPv4Network
+from pathlib import Path
 
 from recvirt.nestedcloud.addresses import HostSpec, guest_addresses
 from recvirt.nestedcloud.central import specs
 from recvirt.nestedcloud.central.models import Instance, InstanceState, Network, NetworkKind, Nic, Worker
-from recvirt.nestedcloud.central.problems import NetworkFull, Refused
+from recvirt.nestedcloud.central.problems import NetworkFull, NoCapacity, Refused
 from recvirt.nestedcloud.model import ModelError
+
+_SUBNETS = IPv4Network("172.30.0.0/16")
+_ROUTES = Path("/proc/net/route")
+
+def routed(path: Path = _ROUTES) -> list[IPv4Network]:
+    """What this machine reaches by itself: inside another cloud's instance that is such a subnet as well.
+
+    Not through our own bridges, whose subnets are in the database, nor through the default route.
+    """
+    try:
+        lines = path.read_text().splitlines()[1:]
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        name, target, _, _, _, _, _, mask = line.split()[:8]
+        if not name.startswith("rv") and int(mask, 16):
+            # In the order of the processor's bytes (proc_net(5)).
+            address, netmask = (int(text, 16).to_bytes(4, sys.byteorder) for text in (target, mask))
+            found.append(IPv4Network((address, int.from_bytes(netmask, "big").bit_count())))
+    return found
+
+
+def free_cidr() -> str:
+    """A network of 256 addresses that no other one of the cloud has. NoCapacity when there is none."""
+    taken = set(Network.objects.exclude(cidr="").values_list("cidr", flat=True))
+    there = routed()
+    for block in _SUBNETS.subnets(new_prefix=24):
+        if str(block) not in taken and not any(block.overlaps(other) for other in there):
+            return str(block)
+    raise NoCapacity(f"no subnet of {_SUBNETS} is left")
 
 
 def free_address(network: Network) -> str:

@@ -240,4 +240,4 @@ def default_network(project: Project) -> Network:
     with transaction.atomic():
         Project.objects.select_for_update().get(pk=project.pk)
         found = project.networks.filter(name="default").first()
-        return found or Network.objects.create(project=project, name="default", cidr=specs.free_cidr())
+        return found or Network.objects.create(project=project, name="default", cidr=addressing.free_cidr())

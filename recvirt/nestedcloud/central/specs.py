@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import secrets
 from collections.abc import Mapping
 from typing import Any
@@ -36,21 +35,11 @@ from recvirt.nestedcloud.model import (
 CHANGEABLE = ("vcpus", "vcpus_max", "memory_bytes", "memory_max_bytes", "disk_bytes", "priority")
 #: What a worker is told the networks for: whatever may start a guest, or leads to one.
 _WITH_NETWORKS = (Kind.LAUNCH, Kind.START, Kind.RESCALE, Kind.FORWARD_ADD)
-_SUBNETS = ipaddress.ip_network("172.30.0.0/16")
 
 
 def new_mac() -> str:
     """QEMU's own prefix and 24 random bits; the table refuses one that is taken."""
     return "52:54:00:" + ":".join(f"{byte:02x}" for byte in secrets.token_bytes(3))
-
-
-def free_cidr() -> str:
-    """A network of 256 addresses that no other one of the cloud has."""
-    taken = set(Network.objects.exclude(cidr="").values_list("cidr", flat=True))
-    for block in _SUBNETS.subnets(new_prefix=24):
-        if str(block) not in taken:
-            return str(block)
-    raise LookupError("no subnet is left")
 
 
 def network_spec(network: Network, worker: Worker | None = None) -> NetworkSpec:

@@ -16,7 +16,7 @@ from recvirt.nestedcloud.model import Fault, InstanceSpec, ModelError, check_uui
 from recvirt.nestedcloud.worker.errors import ActionError
 from recvirt.nestedcloud.worker.storage import whole_file
 
-#: How long the service may take (Python starts slowly under emulation), and after how long without an answer it is woken up again.
+#: How long the service may take (Python starts slowly under emulation), and after how long it is woken up again.
 WAIT_SECONDS = 60.0
 _AGAIN_SECONDS = 5.0
 _POLL_SECONDS = 0.1
