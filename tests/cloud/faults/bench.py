@@ -183,7 +183,8 @@ class Bench:
             portmap.apply(run_dir, applied, self._program)
             return real_answer(side, instance)
 
-        service.make_host, forwarding.Forwarding._answer = host, answer  # type: ignore[method-assign]
+        for owner, name, stand_in in ((service, "make_host", host), (forwarding.Forwarding, "_answer", answer)):
+            setattr(owner, name, stand_in)
         return service.Service(config)
 
     def _program(self, argv: Sequence[str], text: str) -> tuple[int, str, str]:
