@@ -30,7 +30,9 @@ MARK = 0x72766677
 FOLDER_NAME = "forwards"
 RUN_DIR = Path("/run/recvirt-worker")
 APPLIED_PATH = Path("/run/recvirt-forwards/applied.json")
-_FILE_BYTES_MAX = 1 << 20
+#: More than a thousand forwards of one instance; and of all.
+_FILE_BYTES_MAX = 256 * 1024
+_ALL_BYTES_MAX = 64 * 1024**2
 _FILES_MAX = 10_000
 _NAME = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.json")
 _PROGRAM_SECONDS = 60
@@ -89,7 +91,10 @@ def read_wishes(run_dir: Path) -> dict[str, Wish]:
             names = sorted(name for name in os.listdir(folder) if _NAME.fullmatch(name))  # noqa: PTH208
             if len(names) > _FILES_MAX:
                 raise PortmapError(f"{run_dir / FOLDER_NAME} has more than {_FILES_MAX} files")
-            found = {name.removesuffix(".json"): _read_wish(folder, name) for name in names}
+            found, left = {}, _ALL_BYTES_MAX
+            for name in names:
+                found[name.removesuffix(".json")], size = _read_wish(folder, name, min(left, _FILE_BYTES_MAX))
+                left -= size
         finally:
             os.close(folder)
     finally:
@@ -97,22 +102,26 @@ def read_wishes(run_dir: Path) -> dict[str, Wish]:
     return {instance: wish for instance, wish in found.items() if wish is not None}
 
 
-def _read_wish(folder: int, name: str) -> Wish | None:
-    """One file; None when it has just gone."""
+def _read_wish(folder: int, name: str, bytes_max: int) -> tuple[Wish | None, int]:
+    """One file, and its size; None when it has just gone."""
     try:
         # Not waited for, should it be a pipe.
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except FileNotFoundError:
-        return None
+        return None, 0
     except OSError as error:
-        return Wish("", None, f"{name}: {error.strerror}")
+        return Wish("", None, f"{name}: {error.strerror}"), 0
     with os.fdopen(descriptor, "rb") as stream:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return Wish("", None, f"{name} is no plain file")
-        data = stream.read(_FILE_BYTES_MAX + 1)
+            return Wish("", None, f"{name} is no plain file"), 0
+        data = stream.read(bytes_max + 1)
+    if len(data) > bytes_max:
+        return Wish(hashlib.sha256(data).hexdigest(), None, f"{name} is too large"), bytes_max
+    return _parse_wish(name, data), len(data)
+
+
+def _parse_wish(name: str, data: bytes) -> Wish:
     digest = hashlib.sha256(data).hexdigest()
-    if len(data) > _FILE_BYTES_MAX:
-        return Wish(digest, None, f"{name} is too large")
     try:
         wanted = decode(WantedForwards, json.loads(data))
     except (ModelError, ValueError, RecursionError) as error:
