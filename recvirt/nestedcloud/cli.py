@@ -15,6 +15,7 @@ from recvirt.nestedcloud.client.api import VARIABLE, ApiError
 from recvirt.nestedcloud.client.commands import COMMANDS
 from recvirt.nestedcloud.client.completion import completion
 from recvirt.nestedcloud.client.console_commands import CONSOLE_COMMANDS
+from recvirt.nestedcloud.client.network_commands import NETWORK_COMMANDS
 from recvirt.nestedcloud.client.output import fail
 from recvirt.nestedcloud.client.people_commands import PEOPLE_COMMANDS
 from recvirt.nestedcloud.client.sight_commands import SIGHT_COMMANDS
@@ -22,6 +23,7 @@ from recvirt.nestedcloud.client.storage_commands import STORAGE_COMMANDS
 from recvirt.nestedcloud.client.time_commands import TIME_COMMANDS
 from recvirt.nestedcloud.client.worker_commands import WORKER_COMMANDS
 from recvirt.nestedcloud.host_commands import CENTRAL_ROOT_COMMANDS, WORKER_ROOT_COMMANDS, tunnel
+from recvirt.nestedcloud.portmap_command import forwards
 from recvirt.nestedcloud.statuses import ExitStatus
 
 
@@ -51,7 +53,10 @@ def main_group(project: str | None) -> None:
     """
 
 
-for _command in (*COMMANDS, *CONSOLE_COMMANDS, *STORAGE_COMMANDS, *TIME_COMMANDS, *PEOPLE_COMMANDS, *SIGHT_COMMANDS):
+for _command in (
+    *COMMANDS, *CONSOLE_COMMANDS, *NETWORK_COMMANDS, *STORAGE_COMMANDS, *TIME_COMMANDS, *PEOPLE_COMMANDS,
+    *SIGHT_COMMANDS,
+):  # fmt: skip
     main_group.add_command(_command)
 
 
@@ -311,6 +316,8 @@ def worker() -> None:
       sudo recvirt-cloud worker join https://cloud.example.org --token rvj_...
     """
 
+
+worker.add_command(forwards)
 
 _config_option = click.option(
     "--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="Its configuration."

@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
-import types
-import typing
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
+
+from recvirt.nestedcloud.addresses import ForwardSpec, HostSpec, check_address, check_mac
+from recvirt.nestedcloud.codec import ModelError as ModelError
+from recvirt.nestedcloud.codec import decode as decode
+from recvirt.nestedcloud.codec import encode as encode
 
 #: Version of the messages. A worker refuses a newer one, and the central node says which workers are too old.
 PROTOCOL = 1
@@ -30,10 +33,6 @@ SLOT_MAX = 24
 FILESYSTEM_BYTES_MIN = {"none": MIB, "ext4": 8 * MIB, "xfs": 300 * MIB}
 #: Lower and upper bound of ``InstanceSpec.priority``; 50 is what everybody gets.
 PRIORITY_MIN, PRIORITY_DEFAULT, PRIORITY_MAX = 1, 50, 100
-
-
-class ModelError(ValueError):
-    """A value or a message that is not what it should be."""
 
 
 class Power(enum.StrEnum):
@@ -75,6 +74,8 @@ class Kind(enum.StrEnum):
     IMAGE_REMOVE = "image-remove"
     NETWORK_ENSURE = "network-ensure"
     NETWORK_REMOVE = "network-remove"
+    FORWARD_ADD = "forward-add"
+    FORWARD_REMOVE = "forward-remove"
 
 
 class Phase(enum.StrEnum):
@@ -154,16 +155,20 @@ class DiskSpec:
 
 @dataclass(frozen=True)
 class NicSpec:
-    """A network card. ``bandwidth_kib`` is KiB/s each way; 0 is no bound."""
+    """A network card. ``bandwidth_kib`` is KiB/s each way; 0 is no bound. ``address`` is the IPv4 address that its
+    network's DHCP keeps for it, or empty where others hand them out.
+    """
 
     network: str
     mac: str
     bandwidth_kib: int = 0
+    address: str = ""
 
     def __post_init__(self) -> None:
         check_uuid(self.network)
-        if not re.fullmatch(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", self.mac) or int(self.mac[:2], 16) & 1:
-            raise ModelError(f"{self.mac!r} is no unicast MAC address in lower case")
+        check_mac(self.mac)
+        if self.address:
+            check_address(self.address)
         if self.bandwidth_kib < 0:
             raise ModelError("a negative bandwidth")
 
@@ -186,6 +191,7 @@ class InstanceSpec:
     volumes: tuple[DiskSpec, ...] = ()
     ssh_keys: tuple[str, ...] = ()
     user_data: str = ""
+    forwards: tuple[ForwardSpec, ...] = ()
 
     def __post_init__(self) -> None:
         check_uuid(self.uuid)
@@ -208,13 +214,17 @@ class InstanceSpec:
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """A network for instances. ``kind`` is nat, isolated or bridge; ``bridge`` names the host's for the last."""
+    """A network for instances. ``kind`` is nat, isolated or bridge; ``bridge`` names the host's for the last.
+
+    ``hosts`` are the addresses that are kept for cards on the worker that is told.
+    """
 
     uuid: str
     name: str
     kind: str = "nat"
     cidr: str = ""
     bridge: str = ""
+    hosts: tuple[HostSpec, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -314,7 +324,8 @@ class DomainFacts:
 @dataclass(frozen=True)
 class Heartbeat:
     """What a worker says of itself every few seconds. ``boot_id`` changes when its host (or its only hypervisor's
-    process, where that holds the domains) was started anew: what ran before then no longer does.
+    process, where that holds the domains) was started anew: what ran before then no longer does. ``addresses`` are what
+    it has seen on cards whose addresses others hand out.
     """
 
     worker: str
@@ -325,76 +336,5 @@ class Heartbeat:
     disk_bytes: int
     features: Mapping[str, Any]
     domains: tuple[DomainFacts, ...]
+    addresses: tuple[HostSpec, ...] = ()
     protocol: int = PROTOCOL
-
-
-T = TypeVar("T")
-
-
-def encode(value: Any) -> Any:
-    """JSON types only, from dataclasses, enums, tuples and mappings of them."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {str(key): encode(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [encode(item) for item in value]
-    return value
-
-
-def decode(wanted: type[T], data: Any) -> T:
-    """The dataclass ``wanted`` out of parsed JSON. ModelError names what does not fit, and where."""
-    result: T = _decode(wanted, data, wanted.__name__)
-    return result
-
-
-def _decode(wanted: Any, data: Any, where: str) -> Any:
-    origin = typing.get_origin(wanted)
-    if wanted is Any:
-        return data
-    if origin in (types.UnionType, typing.Union):
-        if data is None:
-            return None
-        (inner,) = [item for item in typing.get_args(wanted) if item is not type(None)]
-        return _decode(inner, data, where)
-    if origin is tuple:
-        if not isinstance(data, list):
-            raise ModelError(f"{where}: want a list")
-        inner = typing.get_args(wanted)[0]
-        return tuple(_decode(inner, item, f"{where}[{index}]") for index, item in enumerate(data))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(data, dict):
-            raise ModelError(f"{where}: want an object")
-        return data
-    if dataclasses.is_dataclass(wanted):
-        return _decode_object(wanted, data, where)
-    if issubclass(wanted, enum.Enum):
-        try:
-            return wanted(data)
-        except ValueError:
-            raise ModelError(f"{where}: {data!r} is none of {', '.join(item.value for item in wanted)}") from None
-    # A bool is an int to Python, not to us.
-    if not isinstance(data, wanted) or (isinstance(data, bool) and wanted is not bool):
-        raise ModelError(f"{where}: want {wanted.__name__}, not {type(data).__name__}")
-    return data
-
-
-def _decode_object(wanted: Any, data: Any, where: str) -> Any:
-    if not isinstance(data, dict):
-        raise ModelError(f"{where}: want an object")
-    hints = typing.get_type_hints(wanted)
-    fields = {field.name: field for field in dataclasses.fields(wanted)}
-    if unknown := sorted(set(data) - set(fields)):
-        raise ModelError(f"{where}: unknown {', '.join(unknown)}")
-    values = {}
-    for name, field in fields.items():
-        if name in data:
-            values[name] = _decode(hints[name], data[name], f"{where}.{name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ModelError(f"{where}: {name} is missing")
-    try:
-        return wanted(**values)
-    except ModelError as error:
-        raise ModelError(f"{where}: {error}") from None

@@ -278,9 +278,9 @@ def test_a_network_that_another_process_starts_meanwhile_is_taken(
 ) -> None:
     hypervisor = Hypervisor("test", bench.host, shared=bench.connection)
     spec = NetworkSpec(str(uuid.uuid4()), "lan", "nat", "172.30.9.0/24")
-    hypervisor.ensure_network(spec)
+    hypervisor.networks.ensure(spec)
     _stale(monkeypatch, 1)
-    hypervisor.ensure_network(spec)
+    hypervisor.networks.ensure(spec)
     _stale(monkeypatch, 2)
     with pytest.raises(ActionError, match="already"):
-        hypervisor.ensure_network(spec)
+        hypervisor.networks.ensure(spec)

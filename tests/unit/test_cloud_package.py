@@ -274,9 +274,10 @@ def test_a_role_that_is_removed_stops_what_it_brought_and_leaves_the_other(machi
 def members(package: str) -> list[str]:
     """What of a package the target consists of."""
     pairs = [line.split() for line in (FOLDER / package / "links").read_text().splitlines() if line[0] != "#"]
-    assert all(Path(name).parent.name == "recvirt-cloud.target.wants" for _, name in pairs), package
-    assert all(target == f"../{Path(name).name}" for target, name in pairs), package
-    return [Path(name).name for _, name in pairs]
+    wanted = [(target, Path(name)) for target, name in pairs]
+    assert all(target == f"../{name.name}" for target, name in wanted), package
+    assert {name.parent.name for _, name in wanted} <= {"recvirt-cloud.target.wants", "libvirtd.service.wants"}, package
+    return [name.name for _, name in wanted if name.parent.name == "recvirt-cloud.target.wants"]
 
 
 def units() -> list[Path]:

@@ -16,7 +16,7 @@ from django.db import close_old_connections, connection, transaction
 from django.db.models import Q
 from django.utils import timezone
 
-from recvirt.nestedcloud.central import health, peers, reports, schedules, storage_reports
+from recvirt.nestedcloud.central import forward_reports, health, peers, reports, schedules, storage_reports
 from recvirt.nestedcloud.central.models import Event, Instance, InstanceState, Operation
 from recvirt.nestedcloud.central.reports import ATTEMPTS_MAX
 from recvirt.nestedcloud.central.specs import command_of
@@ -99,6 +99,7 @@ def _give_up(operation: Operation, message: str, fault: Fault = Fault.TIMED_OUT)
         reports.settle_promises(instance)
         instance.save()
     storage_reports.finish(operation, False, {})
+    forward_reports.finish(operation, False, {})
     Event.objects.create(
         project=operation.project, user=operation.user, kind="operation.failed", subject=operation.uuid,
         data={"kind": operation.kind, "message": message},

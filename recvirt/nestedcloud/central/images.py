@@ -10,14 +10,13 @@ from django.contrib.auth.models import User
 from django.db import transaction
 
 from recvirt.nestedcloud import spool
-from recvirt.nestedcloud.central import admission, specs
+from recvirt.nestedcloud.central import addressing, admission, specs
 from recvirt.nestedcloud.central.models import (
     DiskFormat,
     Image,
     ImageState,
     Instance,
     InstanceState,
-    Nic,
     Operation,
     Project,
     Worker,
@@ -189,8 +188,5 @@ def clone(source: Instance, name: str, user: User | None, key: str | None = None
             promised_memory_bytes=need.memory_bytes, promised_disk_bytes=need.disk_bytes, **fields,
         )  # fmt: skip
         for nic in locked.nics.all():
-            Nic.objects.create(
-                instance=made, network=nic.network, position=nic.position, mac=specs.new_mac(),
-                bandwidth_kib=nic.bandwidth_kib,
-            )  # fmt: skip
+            addressing.add_nic(made, nic.network, nic.position, nic.bandwidth_kib)
         return record(project, user, Kind.CLONE, {}, key, digest, worker=locked.worker, instance=made, source=locked)

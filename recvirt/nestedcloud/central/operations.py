@@ -16,7 +16,7 @@ from typing import Any
 from django.contrib.auth.models import User
 from django.db import transaction
 
-from recvirt.nestedcloud.central import admission, reports, reservations, specs
+from recvirt.nestedcloud.central import addressing, admission, reports, reservations, specs
 from recvirt.nestedcloud.central.intervals import FOREVER
 from recvirt.nestedcloud.central.models import (
     ACTIVE_PHASES,
@@ -26,7 +26,6 @@ from recvirt.nestedcloud.central.models import (
     Instance,
     InstanceState,
     Network,
-    Nic,
     Operation,
     Project,
     Volume,
@@ -134,7 +133,7 @@ def launch(
             **fields,
         )  # fmt: skip
         for position, network in enumerate(wish["networks"]):
-            Nic.objects.create(instance=instance, network=network, position=position, mac=specs.new_mac())
+            addressing.add_nic(instance, network, position)
         try:
             specs.instance_spec(instance)
         except ModelError as error:
@@ -159,6 +158,8 @@ def request(
         if locked.state not in ALLOWED[kind]:
             raise WrongState(f"{kind} is not for an instance that is {locked.state}", state=locked.state)
         checked = _checked(locked, kind, args)
+        if kind is Kind.START:
+            addressing.complete(locked)
         locked.generation += 1
         locked.save()
         return _record(project, user, kind, locked, checked, key, digest)
@@ -246,4 +247,4 @@ def default_network(project: Project) -> Network:
     with transaction.atomic():
         Project.objects.select_for_update().get(pk=project.pk)
         found = project.networks.filter(name="default").first()
-        return found or Network.objects.create(project=project, name="default", cidr=specs.free_cidr())
+        return found or Network.objects.create(project=project, name="default", cidr=addressing.free_cidr())

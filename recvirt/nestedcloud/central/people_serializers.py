@@ -22,6 +22,7 @@ class _Quotas(Strict):
     vcpus_max = serializers.IntegerField(min_value=0, max_value=1000000, required=False)
     memory_bytes_max = serializers.IntegerField(min_value=0, max_value=2**50, required=False)
     disk_bytes_max = serializers.IntegerField(min_value=0, max_value=2**60, required=False)
+    forwards_max = serializers.IntegerField(min_value=0, max_value=60000, required=False)
 
 
 class NewProjectSerializer(_Quotas):

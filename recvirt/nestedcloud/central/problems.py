@@ -62,6 +62,12 @@ class NoCapacity(Refused):
     default_code = "no-capacity"
 
 
+class NetworkFull(Refused):
+    """A network has no address left."""
+
+    default_code = "network-full"
+
+
 def handle(error: Exception, context: dict[str, Any]) -> Response | None:
     """Django REST framework's exception handler, with our shape of answer."""
     response = exception_handler(error, context)

@@ -14,7 +14,7 @@ from django.db import transaction
 from django.db.models import Q
 from django.utils import timezone
 
-from recvirt.nestedcloud.central import storage_reports
+from recvirt.nestedcloud.central import addressing, forward_reports, storage_reports
 from recvirt.nestedcloud.central.models import (
     ACTIVE_PHASES,
     Event,
@@ -72,6 +72,7 @@ def _end(operation: Operation, report: Report) -> None:
     operation.facts = dict(report.facts)
     _finish(operation, report)
     storage_reports.finish(operation, report.phase is Phase.SUCCEEDED, report.facts)
+    forward_reports.finish(operation, report.phase is Phase.SUCCEEDED, report.facts)
     operation.save()
     Event.objects.create(
         project=operation.project, user=operation.user, kind=f"operation.{operation.phase}",
@@ -121,6 +122,7 @@ def _finish(operation: Operation, report: Report) -> None:
     if report.phase is Phase.SUCCEEDED:
         if kind is Kind.DELETE:
             instance.state, instance.power = InstanceState.DELETED, Power.ABSENT.value
+            addressing.release(instance)
         else:
             _see_after(instance, kind, _domain_of(report))
     instance.power_seen = timezone.now()
@@ -168,6 +170,7 @@ def heard(beat: Heartbeat) -> list[str]:
     domains = {domain.uuid: domain for domain in beat.domains}
     known = set()
     passed_over = False
+    addressing.seen(worker, beat.addresses)
     for key in Instance.objects.filter(worker_id=beat.worker).values_list("uuid", flat=True):
         known.add(str(key))
         passed_over |= not _compare(key, domains.get(str(key)), restarted)

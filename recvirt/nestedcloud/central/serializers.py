@@ -32,7 +32,10 @@ class ProjectSerializer(serializers.ModelSerializer[Project]):
 
     class Meta:
         model = Project
-        fields = ["uuid", "name", "instances_max", "vcpus_max", "memory_bytes_max", "disk_bytes_max", "created"]
+        fields = [
+            "uuid", "name", "instances_max", "vcpus_max", "memory_bytes_max", "disk_bytes_max", "forwards_max",
+            "created",
+        ]  # fmt: skip
 
 
 class WorkerSerializer(serializers.ModelSerializer[Worker]):
@@ -75,10 +78,13 @@ class NicSerializer(serializers.ModelSerializer[Nic]):
     """A network card."""
 
     network = serializers.SlugRelatedField[Network](slug_field="name", read_only=True)
+    def get_address(self, nic: Nic) -> str | None:
+        """Its IPv4 address: kept for it, or seen on it; null when nothing is known."""
+        return nic.address or nic.seen_address or None
 
     class Meta:
         model = Nic
-        fields = ["network", "mac", "bandwidth_kib"]
+        fields = ["network", "mac", "address", "bandwidth_kib"]
 
 
 class OperationSerializer(serializers.ModelSerializer[Operation]):
@@ -105,10 +111,15 @@ class InstanceSerializer(serializers.ModelSerializer[Instance]):
     volumes = serializers.SlugRelatedField[Volume](slug_field="name", many=True, read_only=True)
     operation = serializers.SerializerMethodField()
     away = serializers.SerializerMethodField()
+    address = serializers.SerializerMethodField()
 
     def get_away(self, instance: Instance) -> str:
         """Why nothing can be done to it now and ``power`` is what was last known; empty when its worker is there."""
         return instance.worker.why_away if instance.worker is not None else ""
+
+    def get_address(self, instance: Instance) -> str | None:
+        """That of its first card which has one."""
+        return next((found for nic in instance.nics.all() if (found := nic.address or nic.seen_address)), None)
 
     def get_operation(self, instance: Instance) -> dict[str, Any] | None:
         """The active one."""
@@ -118,7 +129,7 @@ class InstanceSerializer(serializers.ModelSerializer[Instance]):
     class Meta:
         model = Instance
         fields = [
-            "uuid", "name", "state", "power", "operation", "image", "worker", "away", "vcpus", "vcpus_max",
+            "uuid", "name", "state", "power", "address", "operation", "image", "worker", "away", "vcpus", "vcpus_max",
             "memory_bytes", "memory_max_bytes", "disk_bytes", "priority", "nest", "nics", "volumes", "ssh_keys",
             "snapshots", "created",
         ]  # fmt: skip

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from recvirt.nestedcloud.central.models import Image, Instance, Network, Nic, Operation, Volume
+from recvirt.nestedcloud.addresses import ForwardSpec, HostSpec
+from recvirt.nestedcloud.central.models import (
+    Forward,
+    ForwardState,
+    Image,
+    Instance,
+    Network,
+    Nic,
+    Operation,
+    Volume,
+    Worker,
+)
 from recvirt.nestedcloud.model import (
     Command,
     DiskSpec,
@@ -23,7 +33,8 @@ from recvirt.nestedcloud.model import (
 
 #: What ``rescale`` may change.
 CHANGEABLE = ("vcpus", "vcpus_max", "memory_bytes", "memory_max_bytes", "disk_bytes", "priority")
-_SUBNETS = ipaddress.ip_network("172.30.0.0/16")
+#: What a worker is told the networks for: whatever may start a guest, or leads to one.
+_WITH_NETWORKS = (Kind.LAUNCH, Kind.START, Kind.RESCALE, Kind.FORWARD_ADD)
 
 
 def new_mac() -> str:
@@ -31,23 +42,30 @@ def new_mac() -> str:
     return "52:54:00:" + ":".join(f"{byte:02x}" for byte in secrets.token_bytes(3))
 
 
-def free_cidr() -> str:
-    """A network of 256 addresses that no other one of the cloud has."""
-    taken = set(Network.objects.exclude(cidr="").values_list("cidr", flat=True))
-    for block in _SUBNETS.subnets(new_prefix=24):
-        if str(block) not in taken:
-            return str(block)
-    raise LookupError("no subnet is left")
-
-
-def network_spec(network: Network) -> NetworkSpec:
-    """A network for a worker."""
-    return NetworkSpec(str(network.uuid), network.name, network.kind, network.cidr, network.bridge)
+def network_spec(network: Network, worker: Worker | None = None) -> NetworkSpec:
+    """A network for a worker, with the addresses of the cards that are there."""
+    kept = network.nics.filter(instance__worker=worker).exclude(address="") if worker is not None else ()
+    hosts = tuple(HostSpec(nic.mac, nic.address) for nic in kept)
+    return NetworkSpec(str(network.uuid), network.name, network.kind, network.cidr, network.bridge, hosts)
 
 
 def nic_spec(nic: Nic) -> NicSpec:
     """A card for a worker."""
-    return NicSpec(str(nic.network_id), nic.mac, nic.bandwidth_kib)
+    return NicSpec(str(nic.network_id), nic.mac, nic.bandwidth_kib, nic.address)
+
+
+def forward_spec(forward: Forward) -> ForwardSpec:
+    """A forward for a worker. ModelError when that can't be."""
+    return ForwardSpec(
+        forward.protocol, forward.host_port, str(forward.nic.network_id), forward.nic.address, forward.guest_port,
+        forward.source,
+    )  # fmt: skip
+
+
+def forwards_of(instance: Instance) -> tuple[ForwardSpec, ...]:
+    """Those that an instance should have."""
+    rows = Forward.objects.filter(nic__instance=instance).exclude(state=ForwardState.REMOVING).select_related("nic")
+    return tuple(forward_spec(row) for row in rows)
 
 
 def volume_disk(volume: Volume) -> DiskSpec:
@@ -79,7 +97,7 @@ def instance_spec(instance: Instance, changes: Mapping[str, Any] | None = None) 
         nics=tuple(nic_spec(nic) for nic in instance.nics.all()),
         volumes=tuple(volume_disk(volume) for volume in instance.volumes.order_by("slot")),
         ssh_keys=tuple(instance.ssh_keys),
-        user_data=instance.user_data, **values,
+        user_data=instance.user_data, forwards=forwards_of(instance), **values,
     )  # fmt: skip
 
 
@@ -89,9 +107,9 @@ def command_of(operation: Operation) -> Command:
     args = dict(operation.args)
     changes = args.pop("changes", None)
     spec = instance_spec(instance, changes) if instance is not None else None
-    if instance is not None and operation.kind in (Kind.LAUNCH, Kind.START, Kind.RESCALE):
+    if instance is not None and operation.kind in _WITH_NETWORKS:
         networks = Network.objects.filter(nics__instance=instance).distinct().order_by("uuid")
-        args["networks"] = [encode(network_spec(network)) for network in networks]
+        args["networks"] = [encode(network_spec(network, operation.worker)) for network in networks]
     if spec is not None:
         spec = dataclasses.replace(spec, generation=operation.generation)
     if spec is not None and operation.kind == Kind.DETACH:

@@ -50,6 +50,7 @@ class Project(Row):
     vcpus_max = models.PositiveIntegerField(default=32)
     memory_bytes_max = models.PositiveBigIntegerField(default=64 * 1024 * MIB)
     disk_bytes_max = models.PositiveBigIntegerField(default=1024 * 1024 * MIB)
+    forwards_max = models.PositiveIntegerField(default=20)
 
     def __str__(self) -> str:
         return self.name
@@ -210,6 +211,8 @@ class Network(Row):
     kind = models.CharField(max_length=10, choices=NetworkKind.choices, default=NetworkKind.NAT)
     cidr = models.CharField(max_length=18, blank=True)
     bridge = models.CharField(max_length=15, blank=True)
+    # What was given to a card last: the next one gets a later one, so that one that became free is let cool down.
+    last_address = models.CharField(max_length=15, blank=True)
 
     class Meta:
         constraints = [
@@ -327,14 +330,62 @@ class Volume(Row):
 
 
 class Nic(Row):
-    """A network card of an instance."""
+    """A network card of an instance. ``address`` is its own as long as it is there; ``seen_address`` is what its worker
+    saw on it where others hand addresses out.
+    """
 
     instance = models.ForeignKey(Instance, on_delete=models.CASCADE, related_name="nics")
     network = models.ForeignKey(Network, on_delete=models.PROTECT, related_name="nics")
     position = models.PositiveSmallIntegerField()
     mac = models.CharField(max_length=17, unique=True)
     bandwidth_kib = models.PositiveIntegerField(default=0)
+    address = models.CharField(max_length=15, blank=True)
+    seen_address = models.CharField(max_length=15, blank=True)
 
     class Meta:
         ordering = ["position"]
-        constraints = [models.UniqueConstraint(fields=["instance", "position"], name="one_nic_a_position")]
+        constraints = [
+            models.UniqueConstraint(fields=["instance", "position"], name="one_nic_a_position"),
+            models.UniqueConstraint(
+                fields=["network", "address"], condition=~Q(address=""), name="one_nic_an_address"
+            ),
+        ]
+
+
+class ForwardProtocol(models.TextChoices):
+    """What is forwarded."""
+
+    TCP = "tcp"
+    UDP = "udp"
+
+
+class ForwardState(models.TextChoices):
+    """Whether a forward is in effect."""
+
+    PENDING = "pending"
+    ACTIVE = "active"
+    FAILED = "failed"
+    REMOVING = "removing"
+
+
+class Forward(Row):
+    """A port of a worker's host that leads to an instance. ``message`` says why it is not in effect."""
+
+    project = models.ForeignKey(Project, on_delete=models.PROTECT, related_name="forwards")
+    worker = models.ForeignKey(Worker, on_delete=models.PROTECT, related_name="forwards")
+    nic = models.ForeignKey(Nic, on_delete=models.CASCADE, related_name="forwards")
+    state = models.CharField(max_length=10, choices=ForwardState.choices, default=ForwardState.PENDING)
+    message = models.TextField(blank=True)
+    protocol = models.CharField(max_length=3, choices=ForwardProtocol.choices, default=ForwardProtocol.TCP)
+    host_port = models.PositiveIntegerField(validators=[MinValueValidator(1), MaxValueValidator(65535)])
+    guest_port = models.PositiveIntegerField(validators=[MinValueValidator(1), MaxValueValidator(65535)])
+    source = models.CharField(max_length=18, blank=True)
+
+    class Meta:
+        ordering = ["protocol", "host_port"]
+        constraints = [
+            models.UniqueConstraint(fields=["worker", "protocol", "host_port"], name="one_forward_a_port"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.host_port}/{self.protocol}"

@@ -7,6 +7,7 @@ from rest_framework.routers import DefaultRouter
 
 from recvirt.nestedcloud.central import (
     console_views,
+    forward_views,
     health,
     openapi,
     peer_views,
@@ -33,6 +34,7 @@ router.register(f"{_below}/operations", views.Operations, basename="operation")
 router.register(f"{_below}/images", storage_views.Images, basename="image")
 router.register(f"{_below}/volumes", storage_views.Volumes, basename="volume")
 router.register(f"{_below}/networks", views.Networks, basename="network")
+router.register(f"{_below}/forwards", forward_views.Forwards, basename="forward")
 router.register(f"{_below}/events", views.Events, basename="event")
 router.register(f"{_below}/members", people.Members, basename="member")
 router.register(f"{_below}/schedules", times.Schedules, basename="schedule")

@@ -205,8 +205,8 @@ def listing(
 
 instances = listing(
     "list", "instances", "List the instances.",
-    (("NAME", "name"), ("STATE", "state"), ("POWER", "power"), ("VCPUS", "vcpus"), ("MEMORY", "memory_bytes"),
-     ("DISK", "disk_bytes"), ("IMAGE", "image"), ("WORKER", "worker")),
+    (("NAME", "name"), ("STATE", "state"), ("POWER", "power"), ("ADDRESS", "address"), ("VCPUS", "vcpus"),
+     ("MEMORY", "memory_bytes"), ("DISK", "disk_bytes"), ("IMAGE", "image"), ("WORKER", "worker")),
 )  # fmt: skip
 operations = listing(
     "operations", "operations", "List what was asked for, newest first.",

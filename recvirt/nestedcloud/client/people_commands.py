@@ -26,6 +26,7 @@ _quotas = (
     click.option("--vcpus", "vcpus_max", type=int, help="Of all instances together, counted as far as they may grow."),
     click.option("--memory", "memory_bytes_max", type=SIZE, help="The same, as 64G."),
     click.option("--disk", "disk_bytes_max", type=SIZE, help="Of root disks, volumes and images, as 1T."),
+    click.option("--forwards", "forwards_max", type=int, help="Ports of workers that lead to instances."),
 )
 _role = click.option(
     "--role", type=click.Choice(["reader", "operator", "admin"]), default="operator", show_default=True,
@@ -53,7 +54,7 @@ def project_list(as_json: bool) -> None:
       recvirt-cloud project list
     """
     columns = (("NAME", "name"), ("INSTANCES", "instances_max"), ("VCPUS", "vcpus_max"), ("MEMORY", "memory_bytes_max"),
-               ("DISK", "disk_bytes_max"))  # fmt: skip
+               ("DISK", "disk_bytes_max"), ("FORWARDS", "forwards_max"))  # fmt: skip
     rows = list(api().pages("projects"))
     if not as_json:
         for row in rows:

@@ -61,14 +61,20 @@ def launch(site: Site, command: Command) -> Facts:
     _check_fresh(site, domain, spec)
     site.progress(85, "powering on")
     site.hypervisor.start(domain)
-    return _facts(site, domain)
+    # A guest runs without them too; what is wrong is told.
+    forwards = site.forwarding.ensure(spec, command.operation)
+    return _facts(site, domain, **({"forwards": forwards} if forwards is not None else {}))
 
 
-def _ensure(site: Site, command: Command, spec: InstanceSpec) -> None:
+def _ensure_networks(site: Site, command: Command, spec: InstanceSpec) -> None:
     for number, data in enumerate(command.args.get("networks", ())):
         network = decode(NetworkSpec, data)
         site.progress(10 + number, f"network {network.name}")
-        site.hypervisor.ensure_network(network)
+        site.hypervisor.networks.ensure(network, spec)
+
+
+def _ensure(site: Site, command: Command, spec: InstanceSpec) -> None:
+    _ensure_networks(site, command, spec)
     site.progress(30, "copying the image")
     site.storage.ensure_root(spec)
     site.progress(60, "writing first-boot data")
@@ -132,6 +138,8 @@ def delete(site: Site, command: Command) -> Facts:
     if domain is not None:
         _check_fresh(site, domain, spec)
         site.hypervisor.remove(domain)
+    site.forwarding.drop(spec.uuid)
+    site.hypervisor.networks.let_go(spec)
     site.progress(60, "removing its disks")
     site.storage.remove_instance(spec.uuid)
     return {"domain": None}
@@ -233,7 +241,7 @@ def network_ensure(site: Site, command: Command) -> Facts:
     """Have a network, running."""
     if command.network is None:
         raise ActionError(Fault.INVALID, f"{command.kind} without a network")
-    site.hypervisor.ensure_network(command.network)
+    site.hypervisor.networks.ensure(command.network)
     return {}
 
 
@@ -241,13 +249,30 @@ def network_remove(site: Site, command: Command) -> Facts:
     """Have it no more."""
     if command.network is None:
         raise ActionError(Fault.INVALID, f"{command.kind} without a network")
-    site.hypervisor.remove_network(command.network.uuid)
+    site.hypervisor.networks.remove(command.network.uuid)
     return {}
+
+
+def forward_change(site: Site, command: Command) -> Facts:
+    """Forward what the instance should have, and nothing else."""
+    spec = _instance(command)
+    domain = site.hypervisor.find(spec.uuid)
+    if domain is not None:
+        _check_fresh(site, domain, spec)
+    _ensure_networks(site, command, spec)
+    site.progress(40, "loading rules")
+    if why := site.forwarding.ensure(spec, command.operation):
+        raise ActionError(Fault.HYPERVISOR, f"not forwarded: {why}", {"forwards": why})
+    if domain is not None:
+        site.hypervisor.note(domain, spec, command.operation)
+    facts = _facts(site, domain) if domain is not None else {"domain": None}
+    return {**facts, "forwards": ""}
 
 
 ACTIONS: Mapping[Kind, Action] = {
     Kind.LAUNCH: launch, Kind.START: start, Kind.STOP: stop, Kind.REBOOT: reboot, Kind.SUSPEND: suspend,
     Kind.RESUME: resume, Kind.DELETE: delete, Kind.RESCALE: rescale, Kind.SNAPSHOT: snapshot, Kind.REVERT: revert,
     Kind.SNAPSHOT_REMOVE: snapshot_remove, Kind.NETWORK_ENSURE: network_ensure, Kind.NETWORK_REMOVE: network_remove,
+    Kind.FORWARD_ADD: forward_change, Kind.FORWARD_REMOVE: forward_change,
     **STORAGE_ACTIONS,
 }  # fmt: skip

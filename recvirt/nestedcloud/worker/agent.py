@@ -148,4 +148,5 @@ class Agent:
         return Heartbeat(
             self.uuid, self.name, self.boot_id, vcpus, memory_bytes,
             shutil.disk_usage(self.hypervisor.host.blocks_dir).total, self.features, self.hypervisor.all_facts(),
+            self.hypervisor.seen_addresses(),
         )  # fmt: skip

@@ -7,9 +7,11 @@ the guest, spare ports for what is attached later, and maxima above what an inst
 
 from __future__ import annotations
 
+from ipaddress import IPv4Network
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+from recvirt.nestedcloud.addresses import HostSpec, guest_addresses
 from recvirt.nestedcloud.model import PRIORITY_DEFAULT, DiskSpec, InstanceSpec, ModelError, NetworkSpec, NicSpec
 from recvirt.nestedcloud.worker.host import Host
 
@@ -18,6 +20,8 @@ NAMESPACE = "urn:recvirt:instance:1"
 ET.register_namespace("recvirt", NAMESPACE)
 #: PCI Express ports without a device: what can be attached while the guest runs.
 SPARE_PORTS = 8
+#: For how long a DHCP server remembers whom it gave an address: once free it may soon be another card's.
+LEASE_MINUTES = 10
 _KIB = 1024
 #: What a domain of priority 50 gets: the kernel's own defaults (cgroups(7); Documentation/admin-guide/cgroup-v2.rst).
 _SHARES = {1: 1024, 2: 100}
@@ -196,10 +200,18 @@ def nic_element(nic: NicSpec) -> ET.Element:
     return element
 
 
+def network_bridge(network: str) -> str:
+    """The name of a network's bridge on its host (15 characters are an interface's bound)."""
+    return f"rv{network[:8]}"
+
+
+def host_element(host: HostSpec) -> ET.Element:
+    """An address that is kept for a card."""
+    return ET.Element("host", mac=host.mac, ip=host.address)
+
+
 def network_xml(network: NetworkSpec) -> str:
     """libvirt's description of a network; addresses are handed out by its own dnsmasq."""
-    import ipaddress
-
     element = ET.Element("network")
     _sub(element, "name", network_name(network.uuid))
     _sub(element, "uuid", network.uuid)
@@ -209,10 +221,13 @@ def network_xml(network: NetworkSpec) -> str:
         return ET.tostring(element, encoding="unicode")
     if network.kind == "nat":
         _sub(element, "forward", mode="nat")
-    _sub(element, "bridge", name=f"rv{network.uuid[:8]}", stp="off", delay="0")
-    block = ipaddress.ip_network(network.cidr)
-    if block.version != 4 or block.num_addresses < 8:
-        raise ModelError(f"{network.cidr}: want an IPv4 network of at least 8 addresses")
+    _sub(element, "bridge", name=network_bridge(network.uuid), stp="off", delay="0")
+    addresses = guest_addresses(network.cidr)
+    block = IPv4Network(network.cidr)
     own = _sub(element, "ip", address=str(block[1]), netmask=str(block.netmask))
-    _sub(_sub(own, "dhcp"), "range", start=str(block[2]), end=str(block[-2]))
+    served = _sub(own, "dhcp")
+    handed_out = _sub(served, "range", start=addresses[0], end=addresses[-1])
+    _sub(handed_out, "lease", expiry=str(LEASE_MINUTES), unit="minutes")
+    for host in network.hosts:
+        served.append(host_element(host))
     return ET.tostring(element, encoding="unicode")

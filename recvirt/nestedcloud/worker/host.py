@@ -14,6 +14,7 @@ from typing import Literal
 
 from recvirt.nestedcloud import bundled
 from recvirt.nestedcloud.model import check_uuid
+from recvirt.nestedcloud.portmap import APPLIED_PATH
 
 DomainType = Literal["kvm", "qemu", "test"]
 
@@ -26,6 +27,7 @@ class Host:
     stand-in driver. ``cgroup`` is 1 or 2. ``owner`` is the cloud's identifier, written into every domain. ``spool_dir``
     is where the API of the same host puts uploads, if it is on the same host. ``fetch_allow`` are networks that images
     may be fetched from although they are not of the public internet. ``bundled_dir`` has the images of packages.
+    ``forwards_dir`` is where wanted forwards are written, if ports are forwarded here at all.
     ``keeps_files``: libvirt leaves the files' owner
     as it is, because a worker that is not root could not use what libvirt has given to QEMU's user: images that other
     instances start from, volumes that grow as their guests run.
@@ -41,6 +43,8 @@ class Host:
     fetch_allow: tuple[IPv4Network | IPv6Network, ...] = ()
     keeps_files: bool = False
     bundled_dir: Path = bundled.FOLDER
+    forwards_dir: Path | None = None
+    forwards_applied: Path = APPLIED_PATH
 
     def image_path(self, image: str) -> Path:
         """The file of an image."""

@@ -1,7 +1,7 @@
-"""libvirt, as far as a worker needs it: idempotent verbs on domains and networks, and libvirt's errors in our words.
+"""libvirt, as far as a worker needs it: idempotent verbs on domains, and libvirt's errors in our words.
 
-Owns the connection, which is made anew when libvirtd was restarted. Does not own: what is to be done (``actions``) or
-files (``storage``).
+Owns the connection, which is made anew when libvirtd was restarted. Does not own: what is to be done (``actions``),
+networks (``networks``) or files (``storage``).
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from xml.etree import ElementTree as ET
 
 import libvirt
 
-from recvirt.nestedcloud.model import MIB, DiskSpec, DomainFacts, Fault, InstanceSpec, NetworkSpec, Power
+from recvirt.nestedcloud.addresses import HostSpec
+from recvirt.nestedcloud.model import MIB, DiskSpec, DomainFacts, Fault, InstanceSpec, Power
 from recvirt.nestedcloud.worker.domain import (
     NAMESPACE,
     disk_element,
     disk_serial,
     disk_target,
     domain_xml,
-    network_name,
-    network_xml,
     own_metadata,
 )
 from recvirt.nestedcloud.worker.errors import ActionError, UnreachableError
 from recvirt.nestedcloud.worker.host import Host
+from recvirt.nestedcloud.worker.networks import Networks
 
 _KIB = 1024
 _POLL_SECONDS = 0.25
@@ -350,35 +350,16 @@ class Hypervisor:
         flag = libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES
         self._call(domain.blockResize, disk_target(disk.slot), disk.size_bytes, flag)
 
-    def ensure_network(self, spec: NetworkSpec) -> None:
-        """Define and start a network, and have it come back with libvirtd."""
-        name = network_name(spec.uuid)
-        try:
-            network = self.connection.networkLookupByName(name)
-        except libvirt.libvirtError as error:
-            if error.get_error_code() != libvirt.VIR_ERR_NO_NETWORK:
-                raise fault_of(error) from None
-            network = self._call(self.connection.networkDefineXML, network_xml(spec))
-        if not network.isActive():
-            try:
-                network.create()
-            except libvirt.libvirtError as error:
-                # The first two instances of a network may come at once, each to a process of its own.
-                if not network.isActive():
-                    raise fault_of(error) from None
-        self._call(network.setAutostart, 1)
+    @property
+    def networks(self) -> Networks:
+        """libvirt's networks."""
+        return Networks(self.connection, self._call, lasting=self.host.domain_type != "test")
 
-    def remove_network(self, uuid: str) -> None:
-        """Stop and forget a network, unless it is gone."""
-        try:
-            network = self.connection.networkLookupByName(network_name(uuid))
-        except libvirt.libvirtError as error:
-            if error.get_error_code() == libvirt.VIR_ERR_NO_NETWORK:
-                return
-            raise fault_of(error) from None
-        if network.isActive():
-            self._call(network.destroy)
-        self._call(network.undefine)
+    def seen_addresses(self) -> tuple[HostSpec, ...]:
+        """What is seen on cards of this cloud's running domains where others hand out addresses."""
+        with in_our_words():
+            domains = self.connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+            return self.networks.seen(domain for domain in domains if self._own(domain) is not None)
 
     def capacity(self) -> tuple[int, int]:
         """vCPUs and bytes of memory of the host."""

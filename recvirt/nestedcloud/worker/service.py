@@ -18,6 +18,7 @@ from celery.signals import worker_ready, worker_shutting_down
 from recvirt.nestedcloud import spool
 from recvirt.nestedcloud.console import is_safe_url
 from recvirt.nestedcloud.model import Command, ModelError, check_name, check_uuid, decode
+from recvirt.nestedcloud.portmap import FOLDER_NAME
 from recvirt.nestedcloud.queue import EXECUTE, Sender, make_app, worker_queue
 from recvirt.nestedcloud.worker.agent import Agent, BusyError
 from recvirt.nestedcloud.worker.host import Host
@@ -107,20 +108,22 @@ def make_host(config: Config) -> Host:
         config.cloud, domain_type, Path(config.images_dir), Path(config.blocks_dir), cgroup,
         spool_dir=Path(config.spool_dir) if config.spool_dir else None, fetch_allow=config.fetch_networks,
         keeps_files=os.geteuid() != 0, log_dir=Path(config.log_dir),
+        # libvirt's test driver has networks in name only.
+        forwards_dir=Path(config.run_dir) / FOLDER_NAME if domain_type != "test" else None,
     )  # fmt: skip
 
 
 def make_agent(config: Config, *, connection: Any = None) -> Agent:
     """The agent that a configuration describes."""
     host = make_host(config)
-    for folder in (host.images_dir, host.blocks_dir, Path(config.run_dir)):
+    for folder in (host.images_dir, host.blocks_dir, Path(config.run_dir), host.forwards_dir or Path(config.run_dir)):
         folder.mkdir(parents=True, exist_ok=True)
     hypervisor = Hypervisor(config.libvirt, host, shared=connection)
     storage = SparseStorage(host) if host.domain_type == "test" else QemuStorage(host)
     features: dict[str, Any] = {
         "domain_type": host.domain_type, "libvirt": config.libvirt, "cgroup": host.cgroup,
         # libvirt's test driver has none.
-        "console": host.domain_type != "test",
+        "console": host.domain_type != "test", "forwards": host.forwards_dir is not None,
     }  # fmt: skip
     if host.spool_dir is not None:
         features["spool"] = spool.identity(host.spool_dir)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recvirt.nestedcloud.model import Command
+from recvirt.nestedcloud.worker.forwarding import Forwarding
 from recvirt.nestedcloud.worker.hypervisor import Hypervisor
 from recvirt.nestedcloud.worker.images import Images, make_images
 from recvirt.nestedcloud.worker.storage import Storage
@@ -30,6 +31,12 @@ class Site:
     def images(self) -> Images:
         """The files of the catalogue."""
         return make_images(self.storage.host)
+
+    @property
+    def forwarding(self) -> Forwarding:
+        """The ports that lead to instances."""
+        host = self.storage.host
+        return Forwarding(host.forwards_dir, host.forwards_applied)
 
 
 Facts = dict[str, Any]

@@ -6,6 +6,7 @@ processes are forked from this one, which has imported everything and holds no c
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 from recvirt.nestedcloud import dev
 from recvirt.nestedcloud.model import MIB
@@ -27,6 +29,8 @@ from tests.cloud.faults.tripwire import Tripwire
 #: A boot of the machine, as the worker reports it: the domains outlive its process.
 _BOOT = "00000000-0000-4000-8000-0000000000b0"
 _ROUNDS_MAX = 25
+#: In a path: the UUID of the forward that is there, or was.
+THE_FORWARD = "THE-FORWARD"
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,11 @@ class Bench:
         client = APIClient(SERVER_NAME="localhost", raise_request_exception=False)
         client.credentials(HTTP_AUTHORIZATION=f"Bearer {self.token}", HTTP_IDEMPOTENCY_KEY=key)
         url = f"/api/v1/projects/default/{request.path}"
+        if THE_FORWARD in url:
+            known = self.folder / "forward"
+            if there := client.get("/api/v1/projects/default/forwards").json()["results"]:
+                known.write_text(there[0]["uuid"])
+            url = url.replace(THE_FORWARD, known.read_text())
         words: dict[str, Any] = {"data": request.body, "format": "json"}
         if request.data is not None:
             words = {"data": request.data, "content_type": "application/octet-stream"}
@@ -155,7 +164,47 @@ class Bench:
         from recvirt.nestedcloud.worker import service
 
         service._PROCESS_ID = _BOOT
-        return self._once("worker", lambda: service.Service(service.load(self.place.worker)))
+        return self._once("worker", self._make_service)
+
+    def _make_service(self) -> Any:
+        """A worker that forwards ports, with the root service's part done whenever it is asked for."""
+        from recvirt.nestedcloud import portmap
+        from recvirt.nestedcloud.worker import forwarding, service
+
+        config = service.load(self.place.worker)
+        run_dir, applied = Path(config.run_dir), self.place.folder / "applied.json"
+        real_host, real_answer = service.make_host, forwarding.Forwarding._answer
+
+        def host(wanted: service.Config) -> Any:
+            folder = run_dir / portmap.FOLDER_NAME
+            return dataclasses.replace(real_host(wanted), forwards_dir=folder, forwards_applied=applied)
+
+        def answer(side: forwarding.Forwarding, instance: str) -> Any:
+            portmap.apply(run_dir, applied, self._program)
+            return real_answer(side, instance)
+
+        for owner, name, stand_in in ((service, "make_host", host), (forwarding.Forwarding, "_answer", answer)):
+            setattr(owner, name, stand_in)
+        return service.Service(config)
+
+    def _program(self, argv: Sequence[str], text: str) -> tuple[int, str, str]:
+        """In place of ip and nft: libvirt's networks, and a file with the rules that were loaded."""
+        import libvirt
+
+        if argv[0] == "ip":
+            networks = libvirt.open(self.libvirtd.test_uri).listAllNetworks()
+            found = [ET.fromstring(network.XMLDesc()) for network in networks]
+            links = [
+                {"ifname": item.find("bridge").get("name"),  # type: ignore[union-attr]
+                 "addr_info": [{"local": item.find("ip").get("address"), "prefixlen": 24}]}  # type: ignore[union-attr]
+                for item in found
+                if item.find("ip") is not None
+            ]  # fmt: skip
+            return 0, json.dumps(links), ""
+        if list(argv) == ["nft", "-f", "-"]:
+            (self.place.folder / "rules").write_text(text)
+            return 0, "", ""
+        return 1, "", "not there"
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
         """One of each in a process, as in the product's."""
@@ -196,7 +245,8 @@ class Bench:
         known = world.names()
         folders = [self.place.folder / name for name in ("images", "blocks", "spool")]
         return {
-            **world.rows(), "domains": world.domains(connection, known), "files": world.files(folders, known),
+            **world.rows(), "forwards": world.forwards(self.place.folder / "rules"),
+            "domains": world.domains(connection, known), "files": world.files(folders, known),
             "loose ends": world.loose_ends(),
         }  # fmt: skip
 

@@ -27,7 +27,9 @@ from tests.cloud.faults.scenarios import SCENARIOS, Scenario, make_state
 
 #: Who is stepped, in order. The client's requests come before.
 _PARTS = ("dispatcher", "worker", "consumer")
-_NOTHING: dict[str, Any] = {"instances": {}, "volumes": {}, "images": {}, "domains": {}, "files": {}, "loose ends": []}
+_NOTHING: dict[str, Any] = {
+    "instances": {}, "volumes": {}, "images": {}, "forwards": [[], []], "domains": {}, "files": {}, "loose ends": [],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

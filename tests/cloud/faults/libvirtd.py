@@ -72,6 +72,11 @@ class Libvirtd:
         """QEMU's driver, inside it."""
         return f"qemu+unix:///system?socket={self.folder}/libvirt-sock"
 
+    @property
+    def network_uri(self) -> str:
+        """libvirt's networks, inside it."""
+        return f"network+unix:///system?socket={self.folder}/libvirt-sock"
+
     def start(self, *, hold: bool = True) -> None:
         """Start it and wait. ``hold``: what the test driver has is kept while nobody else is connected."""
         # Another process's mounts are not touched: they end with the namespace.

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from recvirt.nestedcloud.model import MIB
-from tests.cloud.faults.bench import Bench, Request
+from tests.cloud.faults.bench import THE_FORWARD, Bench, Request
 
 _WEB: dict[str, Any] = {
     "name": "web", "image": "base", "vcpus": 1, "vcpus_max": 2, "memory_bytes": 64 * MIB, "memory_max_bytes": 128 * MIB,
@@ -26,6 +26,7 @@ SNAPSHOT = _to("instances/web/snapshot", snapshot="before")
 ALLOCATE = _to("volumes", name="data", size_bytes=16 * MIB)
 ATTACH = _to("volumes/data/attach", instance="web")
 KEEP = _to("volumes/data/snapshot", snapshot="kept")
+FORWARD = _to("forwards", instance="web", host_port=8080, guest_port=80)
 EXPORT = _to("instances/web/export", image="golden")
 #: Things that are there before an operation, each made from another one by a request.
 STATES: Mapping[str, tuple[str | None, tuple[Request, ...]]] = {
@@ -37,6 +38,7 @@ STATES: Mapping[str, tuple[str | None, tuple[Request, ...]]] = {
     "volume": ("on", (ALLOCATE,)),
     "attached": ("volume", (ATTACH,)),
     "volume-snapshot": ("volume", (KEEP,)),
+    "forwarded": ("on", (FORWARD,)),
     "exported": ("off", (EXPORT,)),
     "reservation": (
         "empty",
@@ -72,6 +74,9 @@ SCENARIOS = tuple(
         ("clone", "off", _to("instances/web/clone", name="twin")),
         ("export", "off", EXPORT),
         ("delete", "snapshot", Request("DELETE", "instances/web")),
+        ("forward-add", "on", FORWARD),
+        ("forward-remove", "forwarded", Request("DELETE", f"forwards/{THE_FORWARD}")),
+        ("delete-forwarded", "forwarded", Request("DELETE", "instances/web")),
         ("delete-attached", "attached", Request("DELETE", "instances/web")),
         ("volume-allocate", "on", ALLOCATE),
         ("volume-resize", "volume", _to("volumes/data/resize", size_bytes=24 * MIB)),

@@ -85,6 +85,15 @@ def files(folders: list[Path], known: dict[str, str]) -> dict[str, int]:
     return found
 
 
+def forwards(rules: Path) -> list[Any]:
+    """Rows, and what the rules that were loaded last lead where."""
+    from recvirt.nestedcloud.central.models import Forward
+
+    rows = sorted([str(row), row.nic.instance.name, row.state] for row in Forward.objects.all())
+    loaded = rules.read_text().splitlines() if rules.exists() else []
+    return [rows, sorted(line.strip() for line in loaded if "dnat to" in line)]
+
+
 def _is_snapshot(path: Path) -> bool:
     return path.suffix == ".raw" and len(path.stem) == 73
 
