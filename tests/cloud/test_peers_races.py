@@ -1,4 +1,4 @@
-"""Machines that come in at one moment, on connections of their own: one for each invitation, each at its own address."""
+"""Machines that come in at one moment, on connections of their own: one an invitation, each at its own address."""
 
 from __future__ import annotations
 
