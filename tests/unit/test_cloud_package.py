@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from recvirt.data import RESOURCES_DIR
+from recvirt.nestedcloud import portmap
 from recvirt.nestedcloud.statuses import ExitStatus
 
 PACKAGE = RESOURCES_DIR / "packages/recvirt-cloud"
@@ -187,12 +188,27 @@ def test_nothing_else_of_libvirts_is_touched() -> None:
 
 
 def test_every_service_waits_for_the_set_up_and_ends_with_the_target() -> None:
-    services = [path for path in UNITS.glob("recvirt-cloud-*.service") if path.name != SETUP]
+    # The rules of forwards follow the worker's wishes, which come only once it works.
+    others = (SETUP, "recvirt-cloud-forwards.service")
+    services = [path for path in UNITS.glob("recvirt-cloud-*.service") if path.name not in others]
     assert len(services) >= 5
     for path in services:
         text = path.read_text()
         assert f"Requires={SETUP}" in text and re.search(rf"(?m)^After=.*{SETUP}", text), path.name
         assert "PartOf=recvirt-cloud.target" in text, path.name
+
+
+def test_forwards_are_loaded_when_the_worker_wants_others_and_when_libvirt_starts() -> None:
+    path = (UNITS / "recvirt-cloud-forwards.path").read_text()
+    assert f"PathChanged={portmap.RUN_DIR / portmap.FOLDER_NAME}\n" in path and "PartOf=recvirt-cloud.target" in path
+    service = (UNITS / "recvirt-cloud-forwards.service").read_text()
+    assert re.search(r"(?m)^After=.*libvirtd.service", service) and "Type=oneshot\n" in service
+    assert f"RuntimeDirectory={portmap.APPLIED_PATH.parent.name}\n" in service
+    assert "CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW CAP_DAC_READ_SEARCH\n" in service
+    links = (PACKAGE / "links").read_text()
+    for wants in ("recvirt-cloud.target.wants/recvirt-cloud-forwards.path",
+                  "libvirtd.service.wants/recvirt-cloud-forwards.service"):  # fmt: skip
+        assert f"usr/lib/systemd/system/{wants}\n" in links
 
 
 def test_a_database_that_can_t_be_upgraded_is_not_tried_again_and_again() -> None:
