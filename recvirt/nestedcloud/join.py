@@ -29,6 +29,7 @@ LOGIN_SECONDS = 900.0
 _PAUSE_SECONDS = 1.0
 _TUNNEL_SECONDS = 5.0
 TUNNEL_UNIT, TARGET = "recvirt-cloud-tunnel.service", "recvirt-cloud.target"
+_SETUP_UNIT = "recvirt-cloud-setup.service"
 _WORKER_UNITS = ("recvirt-cloud-worker.service", "recvirt-cloud-console.service")
 _MOUNTS = {"IMAGES": "/var/lib/recvirt/images", "BLOCKS": "/var/lib/recvirt/blocks"}
 #: Disks of guests that run: better to wait for the server than to tell a guest that its disk is broken.
@@ -234,7 +235,10 @@ def mount_from(machine: Machine, server: str, which: tuple[str, ...]) -> None:
 
 def _start(machine: Machine) -> None:
     machine.tell("starting the worker's services")
-    machine.run(["systemctl", "enable", "--now", TUNNEL_UNIT, TARGET], "", None)
+    machine.run(["systemctl", "enable", "--now", TUNNEL_UNIT], "", None)
+    # It ran at the boot, when there was nothing to set up; what needs it is started anew, with what is written now.
+    machine.run(["systemctl", "restart", _SETUP_UNIT], "", None)
+    machine.run(["systemctl", "enable", "--now", TARGET], "", None)
 
 
 def _wait_for_login(machine: Machine, member: Member, welcome: Welcome, times: Times) -> None:

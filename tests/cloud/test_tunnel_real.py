@@ -23,6 +23,8 @@ CLOUD = uuid.UUID("00000000-0000-4000-8000-000000000001")
 
 def trouble() -> str:
     """Why this can't be tried here."""
+    if "RECVIRT_TEST_DATABASE" in os.environ:
+        return "another database changes nothing here"
     if os.geteuid() != 0 or shutil.which("wg") is None or shutil.which("unshare") is None:
         return "wants root, wg and unshare"
     made = subprocess.run(["unshare", "--net", "ip", "link", "add", "dev", "rvt", "type", "wireguard"],

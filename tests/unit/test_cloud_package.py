@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from recvirt.data import RESOURCES_DIR
+from recvirt.nestedcloud import portmap
 from recvirt.nestedcloud.statuses import ExitStatus
 
 COMMON, CENTRAL, WORKER = PACKAGES = ("recvirt-cloud", "recvirt-cloud-central", "recvirt-cloud-worker")
@@ -264,7 +265,8 @@ def test_removal_stops_the_services(machine: Machine) -> None:
 def test_a_role_that_is_removed_stops_what_it_brought_and_leaves_the_other(machine: Machine, package: str) -> None:
     assert machine.run("prerm", "remove", package=package).returncode == 0
     stopped = {word for line in machine.asked() for word in line.split()[2:]}
-    assert stopped == set(members(package))
+    # What a path unit starts stops beside it.
+    assert stopped - {"recvirt-cloud-forwards.service"} == set(members(package))
     assert {path.name for path in (FOLDER / package / SYSTEM).glob("recvirt-cloud-*.service")} - stopped <= {
         # It ends by itself.
         "recvirt-cloud-refresh.service"
@@ -351,6 +353,19 @@ def test_the_broker_starts_once_with_the_tunnel_s_address() -> None:
     assert "prepare" not in tunnel and "rabbitmq" not in (FOLDER / COMMON / SYSTEM / SETUP).read_text()
     after = re.search(r"(?m)^After=(.*)$", (FOLDER / COMMON / SYSTEM / PREPARE).read_text())
     assert after is not None and not re.search(r"rabbitmq|setup|nfs|tunnel", after[1])
+
+
+def test_forwards_are_loaded_when_the_worker_wants_others_and_when_libvirt_starts() -> None:
+    path = (FOLDER / WORKER / SYSTEM / "recvirt-cloud-forwards.path").read_text()
+    assert f"PathChanged={portmap.RUN_DIR / portmap.FOLDER_NAME}\n" in path and "PartOf=recvirt-cloud.target" in path
+    service = (FOLDER / WORKER / SYSTEM / "recvirt-cloud-forwards.service").read_text()
+    assert re.search(r"(?m)^After=.*libvirtd.service", service) and "Type=oneshot\n" in service
+    assert f"RuntimeDirectory={portmap.APPLIED_PATH.parent.name}\n" in service
+    assert "CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW CAP_DAC_READ_SEARCH\n" in service
+    links = (FOLDER / WORKER / "links").read_text()
+    for wants in ("recvirt-cloud.target.wants/recvirt-cloud-forwards.path",
+                  "libvirtd.service.wants/recvirt-cloud-forwards.service"):  # fmt: skip
+        assert f"usr/lib/systemd/system/{wants}\n" in links
 
 
 def test_a_database_that_can_t_be_upgraded_is_not_tried_again_and_again() -> None:

@@ -305,23 +305,26 @@ class Bench:
         """Everything as it was."""
         shutil.rmtree(self.place.folder)
         self._copy(self.folder / f"saved-{name}", self.place.folder)
-        self.step(self._define, pickle.loads((self.folder / f"saved-{name}.domains").read_bytes()))
+        self.step(self._define, *pickle.loads((self.folder / f"saved-{name}.domains").read_bytes()))
 
     @staticmethod
     def _copy(source: Path, target: Path) -> None:
         shutil.rmtree(target, ignore_errors=True)
         subprocess.run(["cp", "-a", "--sparse=always", str(source), str(target)], check=True)
 
-    def _domains(self) -> list[tuple[str, int, list[str]]]:
+    def _domains(self) -> tuple[list[tuple[str, int, list[str]]], list[str]]:
+        """libvirt's domains with their snapshots, and our networks with the addresses that they keep."""
         import libvirt
 
         found = []
-        for domain in libvirt.open(self.libvirtd.test_uri).listAllDomains():
+        connection = libvirt.open(self.libvirtd.test_uri)
+        for domain in connection.listAllDomains():
             snapshots = [item.getName() for item in domain.listAllSnapshots()]
             found.append((domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE), domain.state()[0], snapshots))
-        return found
+        ours = [network for network in connection.listAllNetworks() if network.name().startswith("recvirt-")]
+        return found, [network.XMLDesc() for network in ours]
 
-    def _define(self, saved: list[tuple[str, int, list[str]]]) -> None:
+    def _define(self, saved: list[tuple[str, int, list[str]]], networks: list[str]) -> None:
         import libvirt
 
         connection = libvirt.open(self.libvirtd.test_uri)
@@ -329,6 +332,12 @@ class Bench:
             if domain.isActive():
                 domain.destroy()
             domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)
+        for network in connection.listAllNetworks():
+            if network.name().startswith("recvirt-"):
+                network.destroy()
+                network.undefine()
+        for text in networks:
+            connection.networkDefineXML(text).create()
         for text, state, snapshots in saved:
             domain = connection.defineXML(text)
             if state in (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_PAUSED):
