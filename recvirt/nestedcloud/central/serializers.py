@@ -78,6 +78,8 @@ class NicSerializer(serializers.ModelSerializer[Nic]):
     """A network card."""
 
     network = serializers.SlugRelatedField[Network](slug_field="name", read_only=True)
+    address = serializers.SerializerMethodField()
+
     def get_address(self, nic: Nic) -> str | None:
         """Its IPv4 address: kept for it, or seen on it; null when nothing is known."""
         return nic.address or nic.seen_address or None
