@@ -40,6 +40,8 @@ GROWTH_BYTES = 1024**3
 CLOUD_BYTES = 4 * 1024**3
 #: The power is cut when the guest has written so much since the start of its first boot.
 CUT_AFTER_BYTES = (1, 3 * 1024**2, 10 * 1024**2)
+#: One more cut comes when cloud-init says this: users and files are made by then, and hardly any of it is on disk.
+CUT_AT_WORD = "running 'modules:final'"
 #: A console without a new word for so long is that of a guest that hangs (scaled like all limits).
 SILENCE_SECONDS = 75.0
 #: Boots that are begun before an emulator that loses interrupts is given up.
@@ -191,8 +193,14 @@ def powercut(acceptance: Acceptance) -> Iterator[Guest]:
         with running(acceptance.tools, spec, folder / f"cut{number}") as vm:
             seconds, moment = _cut_after(acceptance, vm, written)
             reporter.info(f"powercut: cut {number} after {seconds:.0f} s ({moment})")
+    last = len(CUT_AFTER_BYTES) + 1
+    with running(acceptance.tools, spec, folder / f"cut{last}") as vm:
+        limit = acceptance.patience(acceptance.profile.accept.boot_seconds)
+        seconds = vm.wait_until(lambda: CUT_AT_WORD in vm.console_text(), limit, f"{CUT_AT_WORD!r} on the console")
+        vm.power_cut()
+        reporter.info(f"powercut: cut {last} after {seconds:.0f} s ({CUT_AT_WORD})")
     with booted(acceptance, "powercut", overlay, cloud, MachineSpec()) as guest:
-        guest.facts["cuts"] = len(CUT_AFTER_BYTES)
+        guest.facts["cuts"] = last
         yield guest
 
 

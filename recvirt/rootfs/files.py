@@ -84,6 +84,10 @@ def _nfs(facts: Facts) -> bool:
     return facts.root.nfs is not None and facts.has("nfs-common")
 
 
+def _cloud_init(facts: Facts) -> bool:
+    return facts.cloud_init
+
+
 _UNITS = "etc/systemd/system"
 #: path, mode, condition
 RULES: tuple[tuple[str, int, Condition], ...] = (
@@ -117,6 +121,8 @@ RULES: tuple[tuple[str, int, Condition], ...] = (
     (f"{_UNITS}/systemd-networkd-wait-online.service.d/recvirt.conf", 0o644, _always),
     (f"{_UNITS}/serial-getty@.service.d/recvirt.conf", 0o644, _always),
     (f"{_UNITS}/systemd-repart.service.d/recvirt.conf", 0o644, _always),
+    (f"{_UNITS}/recvirt-first-boot.service", 0o644, _cloud_init),
+    (f"{_UNITS}/recvirt-first-boot-done.service", 0o644, _cloud_init),
     (f"{_UNITS}/recvirt-gpt.service", 0o644, _always),
     (f"{_UNITS}/recvirt-ssh-keys.service", 0o644, _always),
     (f"{_UNITS}/recvirt-nfs.service", 0o644, _nfs),
@@ -125,6 +131,7 @@ RULES: tuple[tuple[str, int, Condition], ...] = (
     (f"{_UNITS}/recvirt-ssl-cert.service", 0o644, lambda f: f.has("ssl-cert")),
     ("etc/tmpfiles.d/recvirt.conf", 0o644, _always),
     ("usr/lib/recvirt/console-login", 0o755, _always),
+    ("usr/lib/recvirt/first-boot", 0o755, _cloud_init),
     ("usr/lib/recvirt/gpt-mend", 0o755, _always),
     ("usr/lib/recvirt/ssh-keys", 0o755, _always),
     ("usr/lib/recvirt/nfs-apply", 0o755, _nfs),

@@ -29,6 +29,8 @@ _BUILD_FILES = (
     "/tmp/*", "/var/tmp/*", "/run/lock/*",
 )  # fmt: skip
 _RECVIRT_UNITS = {
+    "etc/systemd/system/recvirt-first-boot.service": "recvirt-first-boot.service",
+    "etc/systemd/system/recvirt-first-boot-done.service": "recvirt-first-boot-done.service",
     "etc/systemd/system/recvirt-gpt.service": "recvirt-gpt.service",
     "etc/systemd/system/recvirt-ssh-keys.service": "recvirt-ssh-keys.service",
     "etc/systemd/system/recvirt-nfs.service": "recvirt-nfs.service",

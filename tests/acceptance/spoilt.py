@@ -38,7 +38,7 @@ def _broken_unit(image: SpoiltImage) -> None:
 
 
 def _kernel_messages(image: SpoiltImage) -> None:
-    image.oneshot("messages", 'echo "<3>disk on fire" >/dev/kmsg; echo "<4>BUG: of the test" >/dev/kmsg')
+    image.oneshot("messages", 'echo "<3>disk on fire" >/dev/kmsg; echo "<4>spoilt BUG: of the test" >/dev/kmsg')
 
 
 def _listener(image: SpoiltImage) -> None:
@@ -128,6 +128,7 @@ FEW = (
 
 #: The rest of the ordinary scenes.
 MANY = (
+    # A word with a colon at the start would be taken for the name of the program that wrote it.
     Mutant("no-crashes", r"BUG: of the test"),
     Mutant("boot-time", r"systemd-analyze said", _file("/usr/local/bin/systemd-analyze", '#!/bin/sh\n[ "$1" = time ] &&'
            " echo broken && exit\nexec /usr/bin/systemd-analyze \"$@\"\n", 0o755)),
@@ -165,7 +166,7 @@ MANY = (
     Mutant("hostname", r"'spoilt' instead of", _file("/etc/hostname", "spoilt\n")),
     Mutant("nfs-server-away", r"hangs"),
     Mutant("config-drive", r"cloud-init says"),
-    Mutant("volume-attach", r"mkfs\.ext4.*[Rr]ead-only", _file("/etc/udev/rules.d/99-spoilt-volume.rules",
+    Mutant("volume-attach", r"mkfs\.ext4.*Operation not permitted", _file("/etc/udev/rules.d/99-spoilt-volume.rules",
            'ENV{ID_SERIAL}=="recvirt-volume", RUN+="/usr/sbin/blockdev --setro /dev/%k"\n')),
     Mutant("apt-upgrade", r"apt-get update", _sub(
         "/etc/apt/sources.list", r"signed-by=\S+\]", "signed-by=/absent.gpg]")),

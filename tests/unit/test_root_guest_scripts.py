@@ -142,6 +142,47 @@ def test_the_subnet_is_free(tmp_path: Path, addresses: list[str], routes: list[s
     assert f"<range start='{stem}.2' end='{stem}.254'/>" in xml
 
 
+# -- a first boot that was cut short -----------------------------------------------------------------------------------
+
+
+def first_boot(folder: Path, word: str) -> str:
+    """What the script said of a folder that stands for /var/lib/cloud."""
+    words = ["sh", str(TREE / "usr/lib/recvirt/first-boot"), word]
+    env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "RECVIRT_CLOUD_DIR": str(folder)}
+    return subprocess.run(words, check=True, env=env, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def cloud_dir(tmp_path: Path) -> Path:
+    """As cloud-init leaves it when the power is cut: every module noted as done."""
+    (tmp_path / "instances/i-1/sem").mkdir(parents=True)
+    (tmp_path / "instances/i-1/sem/config_users_groups").write_text("")
+    (tmp_path / "instances/i-1/user-data.txt").write_text("#cloud-config\n")
+    (tmp_path / "instance").symlink_to("instances/i-1")
+    return tmp_path
+
+
+def test_a_first_boot_that_was_cut_short_begins_anew(cloud_dir: Path) -> None:
+    assert "i-1 was cut short" in first_boot(cloud_dir, "again")
+    assert [path.name for path in (cloud_dir / "instances/i-1").iterdir()] == ["user-data.txt"]
+
+
+def test_a_first_boot_that_was_finished_is_not_done_again(cloud_dir: Path) -> None:
+    first_boot(cloud_dir, "mark")
+    assert first_boot(cloud_dir, "again") == ""
+    assert (cloud_dir / "instances/i-1/sem/config_users_groups").exists()
+    # Another instance's work says nothing of it: a copy of the disk with other data.
+    (cloud_dir / "instances/i-2/sem").mkdir(parents=True)
+    assert "i-2 was cut short" in first_boot(cloud_dir, "again")
+    assert (cloud_dir / "instances/i-1/sem").exists()
+
+
+def test_before_the_first_instance_there_is_nothing_to_do(tmp_path: Path) -> None:
+    for word in ("again", "mark"):
+        assert first_boot(tmp_path, word) == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- SSH host keys ---------------------------------------------------------------------------------------------------
 
 

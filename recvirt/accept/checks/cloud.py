@@ -71,6 +71,8 @@ def cloud_init_data_applied(guest: Guest) -> str:
 @check("cloud-init-survives-power-cuts", "powercut")
 def cloud_init_survives_power_cuts(guest: Guest) -> str:
     """After power cuts cloud-init still carries out its data"""
+    if (rights := guest.run("sudo -n true", root=False)).status != 0:
+        raise Failed(f"{TEST_USER} may not use sudo: {rights.stderr.strip()}")
     said = guest.run("cloud-init status --long --wait", seconds=120).stdout
     if "status: done" not in said:
         raise Failed(f"cloud-init says: {said.strip()[-600:]}")
