@@ -69,7 +69,7 @@ class Central:
         node = environment["RABBITMQ_NODENAME"]
         done = subprocess.run(
             [str(script.with_name("rabbitmqctl")), "-q", "-n", node, *words], env=environment, capture_output=True,
-            text=True, timeout=180, check=False,
+            text=True, timeout=600, check=False,
         )  # fmt: skip
         if done.returncode:
             raise ProvisionError(done.stderr, done.returncode)
@@ -142,8 +142,9 @@ def test_an_account_is_made_confined_changed_and_thrown_out(central: Central) ->
 
         central.want({TWO: hashes[TWO]}, revoked=[ONE])
         assert peers.apply(central.machine)
-        with pytest.raises((ConnectionForced, OSError)):
-            one.drain_events(timeout=20)
+        with pytest.raises((ConnectionForced, OSError)) as caught:
+            one.drain_events(timeout=60)
+        assert not isinstance(caught.value, TimeoutError), "it is still open"
         assert not can_log_in(central.url(ONE, "third"))
         assert two.channel().basic_get(worker_queue(TWO)) is None
     # As after a kill before anything was remembered: it is done again, and who is not there is no fault.
@@ -192,7 +193,7 @@ def test_a_worker_tells_the_central_node_in_its_own_name_alone(central: Central)
     central.want({ONE: password_hash("first")})
     peers.apply(central.machine)
     inbox = Inbox(central)
-    with start_worker(inbox.app, pool="solo", perform_ping_check=False):
+    with start_worker(inbox.app, pool="solo", perform_ping_check=False, shutdown_timeout=60):
         sender = Sender(central.url(ONE, "first"))
         for worker in (ONE, TWO):
             sender.report(Report(TWO, 1, worker, Phase.RUNNING))
@@ -215,7 +216,7 @@ def test_a_worker_with_these_rights_listens_to_its_own_queue(central: Central) -
     def execute(data: Any) -> None:
         done.append(data["operation"])
 
-    with start_worker(app, pool="solo", perform_ping_check=False):
+    with start_worker(app, pool="solo", perform_ping_check=False, shutdown_timeout=60):
         command = Command(TWO, 1, Kind.NETWORK_ENSURE, 1, network=NetworkSpec(ONE, "net"))
         Sender(central.broker.url).command(ONE, command)
         assert until(lambda: done == [TWO])

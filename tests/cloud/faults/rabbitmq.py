@@ -92,5 +92,10 @@ class RabbitMq:
     def stop(self) -> None:
         """End it, and its port mapper."""
         self.kill()
-        if (mapper := shutil.which("epmd")) is not None:
-            subprocess.run([mapper, "-port", str(self._mapper), "-kill"], capture_output=True, check=False)
+        mapper = shutil.which("epmd")
+        # It refuses as long as it has not noticed that the node is gone.
+        for _ in range(20 if mapper is not None else 0):
+            words = [str(mapper), "-port", str(self._mapper), "-kill"]
+            if "Killed" in subprocess.run(words, capture_output=True, text=True, check=False).stdout:
+                break
+            time.sleep(0.5)
