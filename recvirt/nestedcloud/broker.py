@@ -31,12 +31,15 @@ _VHOST = "/"
 
 def permissions(user: str) -> tuple[str, str, str]:
     """What an account may configure, write to and read from (RabbitMQ's access control): its own queues, and the
-    central node's inbox. Messages reach a queue through the default exchange, which checks the queue's name.
+    central node's inbox.
+
+    Not the default exchange: it asks nobody before it puts a message into a queue, and commands to other workers are
+    the central node's alone.
     """
     if user == BROKER_CENTRAL:
         return ".*", ".*", ".*"
     own = rf"worker\.{user}(\.console)?"
-    return f"^{own}$", rf"^({own}|central|amq\.default|celery)$", f"^{own}$"
+    return f"^{own}$", f"^({own}|central)$", f"^{own}$"
 
 
 def password_hash(password: str) -> str:

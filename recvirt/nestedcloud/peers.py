@@ -36,8 +36,6 @@ from recvirt.nestedcloud.provision import (
 _BYTES_MAX = 4 * 1024**2
 _VERSION = 1
 _VHOST = "/"
-#: The inbox's exchange (``queue.CENTRAL_QUEUE``), which is called as its queue.
-CENTRAL_QUEUE = "central"
 #: rabbitmqctl's for a user that is not there (sysexits.h).
 _NO_USER = 67
 #: After a change of key or certificate; the workers' timers have asked for the new one by then.
@@ -159,17 +157,6 @@ def _accounts_made(machine: Machine) -> int:
         return 0
 
 
-def rights(worker: str) -> tuple[str, str, str]:
-    """What a worker's account may configure, write to and read from: its own queues, and the central node's inbox.
-
-    Not the default exchange: it asks nobody before it puts a message into a queue, and commands to other workers are
-    the central node's alone.
-    """
-    configure, _, receive = permissions(worker)
-    own = rf"worker\.{worker}(\.console)?"
-    return configure, f"^({own}|{CENTRAL_QUEUE})$", receive
-
-
 def definitions(accounts: Sequence[Account]) -> str:
     """Accounts and what they may do, as a document that RabbitMQ imports at once."""
     names = ("configure", "write", "read")
@@ -180,7 +167,7 @@ def definitions(accounts: Sequence[Account]) -> str:
             for one in accounts
         ],
         "permissions": [
-            {"user": one.uuid, "vhost": _VHOST, **dict(zip(names, rights(one.uuid), strict=True))}
+            {"user": one.uuid, "vhost": _VHOST, **dict(zip(names, permissions(one.uuid), strict=True))}
             for one in accounts
         ],
     })  # fmt: skip

@@ -191,7 +191,9 @@ def test_a_worker_reaches_its_own_queue_and_the_inbox_of_the_central_node() -> N
     assert send.search("central")
     for name in (f"worker.{other}", "central", f"worker.{own}x", f"x.worker.{own}", f"worker.{other}.console"):
         assert not receive.search(name) and not configure.search(name), name
-    for name in (f"worker.{other}", f"worker.{other}.console", f"worker.{own}.consoles", f"worker.{own}xconsole"):
+    # The default exchange leads everywhere.
+    others = (f"worker.{other}", f"worker.{other}.console", f"worker.{own}.consoles", f"worker.{own}xconsole")
+    for name in (*others, "amq.default", ""):
         assert not send.search(name), name
 
 
