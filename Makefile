@@ -13,13 +13,13 @@ SOAK_FLAGS = --minutes 30
 
 .PHONY: help host dev image check lint types unit acceptance test bench clean stage-tests \
 	cloud-debian cloud-soak cloud-boundaries \
-	acceptance-deep acceptance-kernels acceptance-vmx acceptance-matrix acceptance-mutations \
+	acceptance-deep acceptance-kernels acceptance-vmx acceptance-matrix acceptance-workers acceptance-mutations \
 	image-minimal image-debian-kernel image-kernel-7 image-bookworm image-debug image-bench \
 	acceptance-minimal acceptance-debian-kernel acceptance-kernel-7 acceptance-bookworm
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "longer ones: stage-tests cloud-debian cloud-soak cloud-boundaries bench acceptance-deep acceptance-kernels acceptance-vmx acceptance-matrix acceptance-mutations"
+	@echo "longer ones: stage-tests cloud-debian cloud-soak cloud-boundaries bench acceptance-deep acceptance-kernels acceptance-vmx acceptance-matrix acceptance-workers acceptance-mutations"
 	@echo "             image-PROFILE and acceptance-PROFILE for minimal debian-kernel kernel-7 bookworm"
 
 host:
@@ -69,6 +69,11 @@ acceptance-kernels: host
 
 acceptance-vmx: host
 	$(RECVIRT) test --vmx $(TEST_FLAGS) $(PROFILE)
+
+acceptance-workers: host
+	$(RECVIRT) build $(BUILD_FLAGS) nested-cloud
+	$(RECVIRT) build $(BUILD_FLAGS) nested-cloud-worker
+	$(RECVIRT) test --workers $(TEST_FLAGS) nested-cloud
 
 acceptance-matrix: host
 	$(RECVIRT) test --matrix $(TEST_FLAGS) $(PROFILE)

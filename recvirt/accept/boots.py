@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -13,12 +14,16 @@ from pathlib import Path
 from recvirt.accept import nfsserver
 from recvirt.accept.context import TEST_USER, Acceptance
 from recvirt.accept.guest import Guest
+from recvirt.accept.results import ImageFacts
+from recvirt.errors import GuestError
 from recvirt.qemu import (
+    Cable,
     CloudConfig,
     Disk,
     Forward,
     MachineSpec,
     Vm,
+    image_info,
     make_config_drive,
     make_overlay,
     make_seed,
@@ -222,6 +227,50 @@ def cloud(acceptance: Acceptance) -> Iterator[Guest]:
         yield guest
 
 
+#: The two machines of the scene ``workers`` on their cable (RFC 5737's addresses for documentation).
+CENTRAL_ADDRESS, WORKER_ADDRESS = "192.0.2.1", "192.0.2.2"
+_CENTRAL_MAC, _WORKER_MAC = "52:54:00:c0:00:01", "52:54:00:c0:00:02"
+_SOCKET = "cable.sock"
+
+
+@contextmanager
+def workers(acceptance: Acceptance) -> Iterator[Guest]:
+    """A central node, and as ``worker`` in its facts a machine of another image; a cable joins them."""
+    if acceptance.worker_image is None:
+        raise GuestError("no image of workers was named")
+    folder = acceptance.work_dir / "workers"
+    other = replace(acceptance, image=acceptance.worker_image, image_facts=_image_facts(acceptance))
+    # The socket lies where the sandboxes of both see it.
+    overlay, second = fresh_overlay(acceptance, folder), fresh_overlay(other, folder / "worker")
+    ends = (Cable(f"worker/{_SOCKET}", True, _CENTRAL_MAC), Cable(_SOCKET, False, _WORKER_MAC))
+    template = MachineSpec(memory_bytes=CLOUD_BYTES, cable=ends[0])
+    with booted(acceptance, "workers", overlay, cloud_config(acceptance, "workers"), template) as central:
+        _give_address(central, _CENTRAL_MAC, CENTRAL_ADDRESS)
+        cloud = cloud_config(acceptance, "worker")
+        template = replace(template, cable=ends[1])
+        with booted(other, "workers/worker", second, cloud, template) as worker:
+            _give_address(worker, _WORKER_MAC, WORKER_ADDRESS)
+            central.facts["worker"] = worker
+            yield central
+
+
+def _image_facts(acceptance: Acceptance) -> ImageFacts:
+    assert acceptance.worker_image is not None
+    info = image_info(acceptance.tools, acceptance.worker_image)
+    return replace(
+        acceptance.image_facts, path=str(acceptance.worker_image), format=str(info["format"]),
+        bytes=acceptance.worker_image.stat().st_size, virtual_bytes=int(info["virtual-size"]),
+    )  # fmt: skip
+
+
+def _give_address(guest: Guest, mac: str, address: str) -> None:
+    """An address for good: nobody serves DHCP on a cable."""
+    text = f"[Match]\nMACAddress={mac}\n[Network]\nAddress={address}/24\n"
+    path = "/etc/systemd/network/40-cable.network"
+    guest.out(f"printf {shlex.quote(text)} > {path} && networkctl reload")
+    guest.out(f"for i in $(seq 60); do ip -br addr | grep -q ' {address}/' && exit; sleep 1; done; exit 1", seconds=90)
+
+
 def _cut_after(acceptance: Acceptance, vm: Vm, written_bytes: int) -> tuple[float, str]:
     """Cut the power when the guest has written enough, or at the latest when its SSH server greets."""
     access = vm.ssh(TEST_USER, acceptance.key)
@@ -252,6 +301,7 @@ def bytes_written(vm: Vm) -> int:
 
 SCENE_BOOTS: dict[str, Callable[[Acceptance], object]] = {
     "first": first, "second": second, "powercut": powercut, "kernels": kernels, "cloud": cloud,
+    "workers": workers,
 }  # fmt: skip
 
 

@@ -27,10 +27,11 @@ SCENES = {
     "pair": "first and second copy, compared",
     "deep": "an L2 that is the image itself, and an L3 in it",
     "kernels": "a login on the serial console; kernels that come, fail and go; the rescue shell",
+    "workers": "a machine of another image, which joins the cloud as a worker",
     "matrix": "a boot for each disk controller and network card",
     "vmx": "the kernel on an emulated Intel processor (Bochs)",
 }
-OPTIONAL_SCENES = ("cloud", "deep", "kernels", "matrix", "vmx")
+OPTIONAL_SCENES = ("cloud", "deep", "kernels", "workers", "matrix", "vmx")
 #: A scene that is a later part of another one's boot, or needs several.
 NEEDS = {"reboot": ("first",), "pair": ("first", "second")}
 
@@ -46,6 +47,7 @@ _MODULES = (
     "lifecycle",
     "kernels",
     "nestedcloud",
+    "workers",
     "deeper",
     "matrix",
     "vmx",

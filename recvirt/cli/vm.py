@@ -45,12 +45,17 @@ def resolve_target(app: App, target: str, profile: str | None = None) -> tuple[P
     return path.absolute(), app.load(name).model
 
 
+#: The profile whose machines join a cloud.
+WORKER_PROFILE = "nested-cloud-worker"
+
+
 @click.command(short_help="Boot an image and VMs inside it: prove it.")
 @_target_argument
 @click.option("--profile", "profile_name", metavar="PROFILE", help="The profile that an IMAGE has to fulfil.")
 @click.option("--deep", is_flag=True, help="Also boot the image inside itself as an L2, and an L3 in that.")
 @click.option("--kernels", is_flag=True, help="Also install, lose and remove kernels, and open the rescue shell.")
 @click.option("--matrix", is_flag=True, help="Also boot from each disk controller and through each network card.")
+@click.option("--workers", is_flag=True, help="Also have a machine of the profile nested-cloud-worker join the cloud.")
 @click.option("--vmx", is_flag=True, help="Also run the kernel on an emulated Intel processor (Bochs; minutes).")
 @click.option("--check", "names", multiple=True, metavar="NAME", help="Run only this check. May be repeated.")
 @click.option("--list", "only_list", is_flag=True, help="List the checks that would run, and run none.")
@@ -68,6 +73,7 @@ def test(
     deep: bool,
     kernels: bool,
     matrix: bool,
+    workers: bool,
     vmx: bool,
     names: tuple[str, ...],
     only_list: bool,
@@ -89,7 +95,9 @@ def test(
     """
     from recvirt.accept import Options, run_acceptance, select
 
-    options = Options(deep=deep, kernels=kernels, matrix=matrix, vmx=vmx, checks=names, parallel=parallel or 0)
+    options = Options(
+        deep=deep, kernels=kernels, matrix=matrix, vmx=vmx, workers=workers, checks=names, parallel=parallel or 0
+    )  # fmt: skip
     if only_list:
         _print_list(options, as_json)
         return
@@ -98,14 +106,25 @@ def test(
 
     folder = out or app.build_dir.absolute() / profile.name / "acceptance"
     promises = promises_of(profile, image.parent)
-    extra, debs = for_vmx(app, profile) if "vmx" in {c.scene for c in select(names, options.scenes)} else ({}, {})
+    scenes = {item.scene for item in select(names, options.scenes)}
+    extra, debs = for_vmx(app, profile) if "vmx" in scenes else ({}, {})
+    worker_image = image_of_workers(app) if "workers" in scenes else None
     try:
         run_acceptance(
-            image, profile, app.tools(), folder, promises=promises, options=options, extra_tools=extra, debs=debs
-        )
+            image, profile, app.tools(), folder, promises=promises, options=options, extra_tools=extra, debs=debs,
+            worker_image=worker_image,
+        )  # fmt: skip
     finally:
         if as_json and (folder / "report.json").exists():
             click.echo((folder / "report.json").read_text(), nl=False)
+
+
+def image_of_workers(app: App) -> Path:
+    """The image whose machines join a cloud. ConfigError when it was not built."""
+    path = app.build_dir.absolute() / WORKER_PROFILE / "disk.qcow2"
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist", hint=f"recvirt build {WORKER_PROFILE}")
+    return path
 
 
 def for_vmx(app: App, profile: Profile) -> tuple[dict[str, ToolsRoot], dict[str, Path]]:

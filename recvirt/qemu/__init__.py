@@ -4,7 +4,7 @@ Owns: command lines, the accelerator probe, QMP, NoCloud seeds, SSH access to a 
 Does not own: what a guest must prove (:mod:`recvirt.accept`).
 """
 
-from recvirt.qemu.argv import DISK_BUSES, NIC_MODELS, Disk, Forward, MachineSpec, Nic, qemu_argv
+from recvirt.qemu.argv import DISK_BUSES, NIC_MODELS, Cable, Disk, Forward, MachineSpec, Nic, qemu_argv
 from recvirt.qemu.disks import check_image, image_info, make_overlay
 from recvirt.qemu.probe import Accelerator, find_accelerator
 from recvirt.qemu.qmp import QmpClient, QmpError
@@ -16,6 +16,7 @@ __all__ = [
     "DISK_BUSES",
     "NIC_MODELS",
     "Accelerator",
+    "Cable",
     "CloudConfig",
     "Disk",
     "Forward",

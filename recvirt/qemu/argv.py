@@ -68,6 +68,18 @@ class Nic:
 
 
 @dataclass(frozen=True)
+class Cable:
+    """A card whose cable leads to another machine of ours: a UNIX socket that one end makes first.
+
+    ``socket`` is relative to the VM's folder. ``mac`` has to differ between the ends.
+    """
+
+    socket: str
+    makes: bool
+    mac: str
+
+
+@dataclass(frozen=True)
 class MachineSpec:
     """A whole virtual machine.
 
@@ -93,6 +105,7 @@ class MachineSpec:
     spare_port: bool = False
     vnc: int | None = None
     reboot_allowed: bool = True
+    cable: Cable | None = None
 
 
 def _escape(value: object) -> str:
@@ -115,6 +128,8 @@ def qemu_argv(spec: MachineSpec) -> list[str]:
         words += disk_words(index, disk)
     for index, nic in enumerate(spec.nics):
         words += nic_words(index, nic)
+    if spec.cable is not None:
+        words += cable_words(spec.cable)
     if spec.spare_port:
         words += ["-device", f"pcie-root-port,id={SPARE_PORT},chassis=1"]
     if spec.kernel is not None:
@@ -178,6 +193,12 @@ def disk_words(index: int, disk: Disk) -> list[str]:
     words += ["-device", f"{_CONTROLLERS[disk.bus]},id=ctl{index}"]
     device = "ide-hd" if disk.bus == "ahci" else "scsi-hd"
     return [*words, "-device", f"{device},bus=ctl{index}.0,drive=disk{index}{suffix}"]
+
+
+def cable_words(cable: Cable) -> list[str]:
+    """One card, and QEMU's end of its cable."""
+    netdev = f"stream,id=cable,server={'on' if cable.makes else 'off'},addr.type=unix,addr.path={_escape(cable.socket)}"
+    return ["-netdev", netdev, "-device", f"virtio-net-pci,netdev=cable,mac={cable.mac},romfile="]
 
 
 def nic_words(index: int, nic: Nic) -> list[str]:

@@ -248,7 +248,7 @@ CLOUD = (
     Mutant(
         "cloud-keeps-its-secrets",
         r"an ordinary user can read",
-        _sub(f"{_CLOUD}/provision.py", r"mode: int = 0o640", "mode: int = 0o644"),
+        _sub(f"{_CLOUD}/machine.py", r"mode: int = 0o640", "mode: int = 0o644"),
     ),
     Mutant(
         "cloud-rescales-live",
@@ -285,6 +285,28 @@ CLOUD_ALONE = (
     ),
     Mutant(
         "cloud-launches-under-kvm",
+        r"does not run it under KVM",
+        _sub(f"{_CLOUD}/provision.py", r'return "kvm"', 'return "qemu"'),
+    ),
+)
+
+#: A central node whose workers reach and are told too little or too much, and (the second) a worker's image.
+WORKERS_CENTRAL = (
+    Mutant("worker-joins", r"images", _sub("/usr/share/recvirt-cloud/tunnel.d/central.nft", r" 2049,", " 2050,")),
+    Mutant(
+        "lost-worker-is-told",
+        r"shelf-2 is away",
+        _sub(f"{_CLOUD}/central/things.py", r"< settings\.WORKER_LOST_SECONDS", "< 10**9"),
+    ),
+    Mutant(
+        "revoked-worker-is-shut-out",
+        r"silence in the tunnel",
+        _sub(f"{_CLOUD}/central/peers.py", r"for peer in rows if not peer\.worker\.revoked", "for peer in rows"),
+    ),
+)
+WORKERS_WORKER = (
+    Mutant(
+        "worker-runs-an-instance",
         r"does not run it under KVM",
         _sub(f"{_CLOUD}/provision.py", r'return "kvm"', 'return "qemu"'),
     ),

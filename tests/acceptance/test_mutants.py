@@ -37,6 +37,8 @@ from tests.acceptance.spoilt import (
     MANY,
     MATRIX,
     VMX,
+    WORKERS_CENTRAL,
+    WORKERS_WORKER,
     Mutant,
     spoil,
 )
@@ -96,7 +98,9 @@ def many(image: Path, profile: Profile, tools: ToolsRoot, tmp_path_factory: pyte
 
 
 def test_every_check_has_a_spoilt_image() -> None:
-    mutants = (*FEW, *MANY, *DEEP, *KERNELS, *MATRIX, *VMX, *CLOUD, *CLOUD_ALONE)
+    mutants = (
+        *FEW, *MANY, *DEEP, *KERNELS, *MATRIX, *VMX, *CLOUD, *CLOUD_ALONE, *WORKERS_CENTRAL, *WORKERS_WORKER
+    )  # fmt: skip
     covered = {mutant.check for mutant in mutants} | set(BROKEN_PROMISES) | ELSEWHERE
     assert covered == {item.name for item in all_checks()}
 
@@ -196,6 +200,26 @@ def test_a_cloud_that_does_not_do_what_it_says_is_rejected(
     promises = promises_of(profile, cloud_image.parent)
     found = results_of(path, profile, tools, tmp_path / "out", tuple(dict.fromkeys(names)), promises=promises)
     for mutant in mutants:
+        rejected(found, mutant.check, mutant.words)
+
+
+def test_a_worker_that_reaches_too_much_or_too_little_is_rejected(
+    cloud_image: Path, tools: ToolsRoot, tmp_path: Path
+) -> None:
+    worker_image = cloud_image.parent.parent / "nested-cloud-worker" / cloud_image.name
+    if not worker_image.exists():
+        pytest.fail(f"{worker_image} does not exist: recvirt build nested-cloud-worker")
+    folders = [tmp_path / "central", tmp_path / "worker"]
+    for folder in folders:
+        folder.mkdir()
+    central = spoil(SpoiltImage(tools, cloud_image, folders[0]), WORKERS_CENTRAL)
+    worker = spoil(SpoiltImage(tools, worker_image, folders[1]), WORKERS_WORKER)
+    found = results_of(
+        central, load_profile("nested-cloud").model, tools, tmp_path / "out",
+        ("worker-joins", "worker-runs-an-instance", "lost-worker-is-told", "revoked-worker-is-shut-out"),
+        promises=promises_of(load_profile("nested-cloud").model, cloud_image.parent), worker_image=worker,
+    )  # fmt: skip
+    for mutant in (*WORKERS_CENTRAL, *WORKERS_WORKER):
         rejected(found, mutant.check, mutant.words)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recvirt.qemu import DISK_BUSES, NIC_MODELS, Disk, Forward, MachineSpec, Nic, qemu_argv
+from recvirt.qemu import DISK_BUSES, NIC_MODELS, Cable, Disk, Forward, MachineSpec, Nic, qemu_argv
 from recvirt.qemu.argv import disk_words, nic_words
 from recvirt.qemu.disks import overlay_argv
 
@@ -54,6 +54,17 @@ def test_each_card_is_on_a_user_network_without_a_boot_rom(model: str) -> None:
     words = nic_words(0, Nic(model, (Forward(22), Forward(80, 8080))))  # type: ignore[arg-type]
     assert words[1] == "user,id=net0,hostfwd=tcp:127.0.0.1:0-:22,hostfwd=tcp:127.0.0.1:8080-:80"
     assert words[3].endswith("netdev=net0,romfile=")
+
+
+def test_a_cable_has_two_ends_with_cards_of_their_own() -> None:
+    ends = [MachineSpec(cable=Cable("a,b.sock", makes, mac)) for makes, mac in ((True, "52:54:00:c0:00:01"),
+                                                                                (False, "52:54:00:c0:00:02"))]
+    words = [qemu_argv(spec) for spec in ends]
+    netdevs = [next(word for word in line if word.startswith("stream,")) for line in words]
+    assert [("server=on" in text, "server=off" in text) for text in netdevs] == [(True, False), (False, True)]
+    assert all(text.endswith("addr.type=unix,addr.path=a,,b.sock") for text in netdevs)
+    macs = [next(word for word in line if "netdev=cable," in word).split("mac=")[1][:17] for line in words]
+    assert macs == ["52:54:00:c0:00:01", "52:54:00:c0:00:02"]
 
 
 def test_a_read_only_disk_is_never_opened_for_writing() -> None:

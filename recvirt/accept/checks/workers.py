@@ -1,0 +1,115 @@
+"""A second machine, of another image, as a worker of the first one's cloud: it joins, runs an instance, is lost and
+comes back, and is shut out.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from recvirt.accept.boots import CENTRAL_ADDRESS
+from recvirt.accept.checks.nestedcloud import cloud, cloud_is_set_up, operation, wait_for
+from recvirt.accept.guest import Guest
+from recvirt.accept.registry import check
+from recvirt.accept.results import Failed
+
+NAME, INSTANCE = "shelf-2", "far"
+_MINUTES = 300
+
+
+def worker_row(guest: Guest) -> dict[str, Any]:
+    """What the cloud says of the worker that joined; nothing when it does not know it."""
+    rows: list[dict[str, Any]] = cloud(guest, "worker", "list")
+    return next((row for row in rows if row["name"] == NAME), {})
+
+
+def wait_for_status(guest: Guest, wanted: str) -> None:
+    """Until the cloud says so of the worker."""
+    wait_for(guest, f"{NAME} is {wanted}", lambda: worker_row(guest).get("status") == wanted, _MINUTES)
+
+
+@check("worker-joins", "workers")
+def worker_joins(guest: Guest) -> str:
+    """With one command a machine of another image becomes a worker, through a tunnel"""
+    worker: Guest = guest.facts["worker"]
+    cloud_is_set_up(guest)
+    token = cloud(guest, "worker", "invite", "--name", NAME)["token"]
+    words = ["recvirt-cloud", "worker", "join", f"https://{CENTRAL_ADDRESS}", "--token", token]
+    said = worker.run(shlex.join(words), seconds=_MINUTES)
+    if said.status != 0:
+        raise Failed(f"joining ended with status {said.status}: {(said.stderr or said.stdout).strip()[-600:]}")
+    wait_for_status(guest, "up")
+    # The images come through the tunnel.
+    source = worker.out("ls /var/lib/recvirt/images >/dev/null && findmnt -n -t nfs4 -o SOURCE /var/lib/recvirt/images")
+    if not source.startswith("[fd"):
+        raise Failed(f"images are mounted from {source!r}")
+    if failed := worker.failed_units() + guest.failed_units():
+        raise Failed(f"failed: {', '.join(failed)}")
+    again = worker.run(shlex.join([*words[:-1], token[:-1] + ("0" if token[-1] != "0" else "1")]), seconds=_MINUTES)
+    if again.status == 0:
+        raise Failed("another invitation than the cloud's was taken")
+    return f"images from {source}"
+
+
+@check("worker-runs-an-instance", "workers")
+def worker_runs_an_instance(guest: Guest) -> str:
+    """An instance that the cloud places on the other machine runs there, under KVM"""
+    worker: Guest = guest.facts["worker"]
+    for row in cloud(guest, "worker", "list"):
+        if row["name"] != NAME:
+            cloud(guest, "worker", "drain", row["name"])
+    operation(guest, "launch", INSTANCE, "--memory", "256M")
+    shown = cloud(guest, "show", INSTANCE)
+    if shown["worker"] != NAME:
+        raise Failed(f"it runs on {shown['worker']}")
+    domain = f"{INSTANCE}-{shown['uuid'][:8]}"
+    if "<domain type='kvm'" not in worker.out(f"virsh -c qemu:///system dumpxml {domain}"):
+        raise Failed("libvirt does not run it under KVM")
+    if domain in guest.out("virsh -c qemu:///system list --all --name").split():
+        raise Failed("the central machine has it, too")
+    address = shown["address"]
+    wait_for(guest, f"an answer of {address}", lambda: worker.run(f"ping -c 1 -W 5 {address}").status == 0, _MINUTES)
+    return f"{domain} on {NAME}, {address} answers there"
+
+
+@check("lost-worker-is-told", "workers")
+def lost_worker_is_told(guest: Guest) -> str:
+    """Of a worker that is gone the cloud says so, and when it is back its instance is, too"""
+    worker: Guest = guest.facts["worker"]
+    assert worker.vm is not None
+    worker.vm.qmp.execute("stop")
+    try:
+        wait_for_status(guest, "away")
+        shown = cloud(guest, "show", INSTANCE)
+        if not shown["away"]:
+            raise Failed("the cloud does not say that nothing can be done to its instance")
+    finally:
+        worker.vm.qmp.execute("cont")
+    worker.reset()
+    wait_for_status(guest, "up")
+
+    def running() -> bool:
+        row = cloud(guest, "show", INSTANCE)
+        return row["power"] == "running" and not row["away"]
+
+    wait_for(guest, f"{INSTANCE} runs again", running, _MINUTES)
+    domain = f"{INSTANCE}-{shown['uuid'][:8]}"
+    if worker.out("virsh -c qemu:///system list --name").split() != [domain]:
+        raise Failed("libvirt runs something else on it")
+    return f"away, then up; {domain} runs again"
+
+
+@check("revoked-worker-is-shut-out", "workers")
+def revoked_worker_is_shut_out(guest: Guest) -> str:
+    """A worker that was revoked reaches nothing of the cloud any more"""
+    worker: Guest = guest.facts["worker"]
+    central = worker.json("recvirt-cloud tunnel status --json")["peers"][0]["address"]
+    if worker.run(f"ping -c 1 -W 20 {central}").status != 0:
+        raise Failed(f"{central} did not answer before")
+    cloud(guest, "worker", "revoke", NAME)
+    wait_for_status(guest, "revoked")
+    wait_for(guest, "silence in the tunnel", lambda: worker.run(f"ping -c 1 -W 5 {central}").status != 0, _MINUTES)
+    said = worker.run("recvirt-cloud worker refresh", seconds=_MINUTES)
+    if said.status == 0:
+        raise Failed("it could ask for the tunnel's parameters")
+    return "no answer in the tunnel; the API refuses it"
