@@ -36,6 +36,7 @@ _INNER = ("virbr", "rv", "recvirt")
 _OPERATION_SECONDS = 120
 _KEY = "~/.ssh/recvirt-instance"
 _SCHEDULE_SECONDS = 60
+_UNREACHED = 99
 
 
 def roles_of(guest: Guest) -> set[str]:
@@ -188,13 +189,15 @@ def inside(guest: Guest, command: str, name: str = INSTANCE) -> str:
     ssh = (
         f"ssh -i {_KEY} -o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
         f" -o ConnectTimeout=20 root@{address} {shlex.quote(command)}"
+        # 255 would look as if this guest could not be reached.
+        f"; status=$?; [ $status -ne 255 ] || exit {_UNREACHED}; exit $status"
     )
     said: list[str] = []
 
     def answered() -> bool:
         done = guest.run(ssh, root=False)
         said[:] = [done.stdout.rstrip("\n"), done.stderr.strip(), str(done.status)]
-        return done.status != 255
+        return done.status != _UNREACHED
 
     wait_for(guest, f"an SSH login on {name}", answered)
     if said[2] != "0":
