@@ -40,7 +40,8 @@ def worker_joins(guest: Guest) -> str:
         raise Failed(f"joining ended with status {said.status}: {(said.stderr or said.stdout).strip()[-600:]}")
     wait_for_status(guest, "up")
     # The images come through the tunnel; root is nobody there, and may only look whether they are.
-    source = worker.out("stat /var/lib/recvirt/images/. >/dev/null && findmnt -n -t nfs4 -o SOURCE /var/lib/recvirt/images")
+    worker.out("stat /var/lib/recvirt/images/.")
+    source = worker.out("findmnt -n -t nfs4 -o SOURCE /var/lib/recvirt/images")
     if not source.startswith("[fd"):
         raise Failed(f"images are mounted from {source!r}")
     if failed := worker.failed_units() + guest.failed_units():
