@@ -21,7 +21,7 @@ class DeniedError(PublishError):
 
 
 class TransientError(PublishError):
-    """Something that may pass: a cut connection, a time-out, 429, 503. ``after``: seconds that the provider asks for."""
+    """Something that may pass: a cut connection, a time-out, 429, 503. ``after``: seconds that were asked for."""
 
     def __init__(self, message: str, *, after: float | None = None, hint: str = "") -> None:
         super().__init__(message, hint=hint)
