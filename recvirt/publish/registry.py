@@ -145,7 +145,8 @@ class Registry:
     def manifest(self, reference: str) -> tuple[bytes, str] | None:
         """A manifest's bytes and digest by tag or digest; None when it is not there."""
         headers = {"Accept": MANIFEST_TYPE}
-        answer = self.call(f"read {reference}", "GET", self.url(f"manifests/{reference}"), ok=(200, 404), headers=headers)
+        url = self.url(f"manifests/{reference}")
+        answer = self.call(f"read {reference}", "GET", url, ok=(200, 404), headers=headers)
         if answer.status_code == 404:
             return None
         return answer.content, answer.headers.get("Docker-Content-Digest", "")
@@ -153,14 +154,15 @@ class Registry:
     def put_manifest(self, reference: str, content: bytes) -> None:
         """Put a manifest under a tag."""
         headers = {"Content-Type": MANIFEST_TYPE}
-        self.call(f"tag {reference}", "PUT", self.url(f"manifests/{reference}"), ok=(201,), headers=headers, body=content)
+        url = self.url(f"manifests/{reference}")
+        self.call(f"tag {reference}", "PUT", url, ok=(201,), headers=headers, body=content)
 
     def delete_manifest(self, digest: str) -> None:
         """Delete a manifest and with it its tags; one that is gone is no fault."""
         answer = self.call("delete a manifest", "DELETE", self.url(f"manifests/{digest}"), ok=(202, 404, 405))
         if answer.status_code == 405:
             raise PublishError(
-                f"{self._host} deletes nothing", hint="its operator can allow it (docker-registry: storage.delete.enabled)"
+                f"{self._host} deletes nothing", hint="its operator can allow it (storage.delete.enabled)"
             )
 
     def tags(self) -> list[str]:

@@ -1,7 +1,7 @@
 """``oci-registry``: a container disk of KubeVirt in any registry: one tar layer that holds ``disk/NAME.qcow2``.
 
-The layer is never on the disk: its header and padding are made up around the image's file, so any part of it can be sent
-again. The tag carries the image's digest; other tags that are wanted move.
+The layer is never on the disk: its header and padding are made up around the image's file, so any part of it can be
+sent again. The tag carries the image's digest; other tags that are wanted move.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ class OciRegistry(Provider):
 
     def _manifest(self) -> bytes:
         image = self.job.image
-        annotations = {f"{_ANNOTATION}{name.removeprefix(TAG).lstrip('-') or 'kind'}": v for name, v in self.job.tags().items()}
+        words = {name.removeprefix(TAG).lstrip("-") or "kind": value for name, value in self.job.tags().items()}
+        annotations = {_ANNOTATION + word: value for word, value in words.items()}
         annotations["org.opencontainers.image.created"] = image.created
         annotations["org.opencontainers.image.title"] = image.name
         data = {
@@ -160,7 +161,8 @@ class OciRegistry(Provider):
             if self.registry.has_blob(self.layer.digest):
                 steps.append(Step("exists", f"the layer {self.layer.digest[:19]}"))
             else:
-                steps.append(Step("upload", f"the layer {self.layer.digest[:19]}", self._left(), note="the qcow2 in a tar"))
+                what = f"the layer {self.layer.digest[:19]}"
+                steps.append(Step("upload", what, self._left(), note="the qcow2 in a tar"))
             steps.append(Step("create", f"{self.config.repository}:{self.job.image.name}"))
         else:
             steps.append(Step("exists", f"{self.config.repository}:{self.job.image.name}"))
