@@ -97,7 +97,8 @@ class FileBody:
     def read(self, size: int = -1) -> bytes:
         """At most ``size`` bytes."""
         data = self._stream.read(size)
-        self._progress.add(len(data))
-        if not data:
+        if data:
+            self._progress.add(len(data))
+        else:
             self._stream.close()
         return data
