@@ -64,6 +64,7 @@ class Amazon:
     def call(self, what: str, function: Callable[..., Any], *, settling: bool = False, **arguments: Any) -> Any:
         """One call with retries. ``settling``: the thing was just made, and may not be known everywhere yet."""
         from botocore import exceptions
+        from botocore.parsers import ResponseParserError
 
         def attempt() -> Any:
             try:
@@ -74,7 +75,7 @@ class Amazon:
                 raise DeniedError(f"{what}: {error}", hint=_LATER) from None
             except exceptions.ParamValidationError as error:
                 raise PublishError(f"{what}: {error}") from None
-            except (exceptions.HTTPClientError, exceptions.ResponseParserError) as error:
+            except (exceptions.HTTPClientError, ResponseParserError) as error:
                 raise TransientError(f"{what}: {error}", hint="is the region right, and the network up?") from None
             except exceptions.BotoCoreError as error:
                 raise PublishError(f"{what}: {error}") from None

@@ -69,7 +69,7 @@ class Identity:
         settings = cloud_settings(cloud)
         kind = settings.get("auth_type") or "password"
         try:
-            plugin = loading.get_plugin_loader(kind).load_from_options(**settings["auth"])
+            plugin: Any = loading.get_plugin_loader(kind).load_from_options(**settings["auth"])
         except Exception as error:  # keystoneauth's errors share no base with its options' own
             raise ConfigError(f"OpenStack's credentials don't fit together: {type(error).__name__}: {error}") from None
         self._region = region or settings.get("region_name")

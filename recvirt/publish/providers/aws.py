@@ -288,7 +288,8 @@ class Aws(Provider):
         region, _, identity = remote.identity.partition("/")
         ec2 = self._amazon.client("ec2", region)
         gone = ("InvalidAMIID.NotFound", "InvalidAMIID.Unavailable", "InvalidSnapshot.NotFound")
-        calls = [("deregister the AMI", ec2.deregister_image, {"ImageId": identity})]
+        calls: list[tuple[str, Any, dict[str, Any]]] = []
+        calls.append(("deregister the AMI", ec2.deregister_image, {"ImageId": identity}))
         listed = self._amazon.pages(
             "look for its snapshots", ec2.describe_snapshots, "Snapshots", OwnerIds=["self"],
             Filters=[{"Name": f"tag:{TAG_DIGEST}", "Values": [remote.digest]}],
