@@ -26,6 +26,7 @@ _PASSING = {
 _NOT_YET = {"InvalidSnapshot.NotFound", "ResourceNotFoundException", "InvalidAMIID.NotFound"}
 _QUOTA = ("LimitExceeded", "QuotaExceeded", "Limit.Exceeded")
 _CONNECT_SECONDS = 10
+_SAID_MAX = 400
 _LATER = "aws sts get-caller-identity tells who you are; docs/policies/aws.json lists the rights that are needed"
 
 
@@ -76,7 +77,7 @@ class Amazon:
             except exceptions.ParamValidationError as error:
                 raise PublishError(f"{what}: {error}") from None
             except (exceptions.HTTPClientError, ResponseParserError) as error:
-                raise TransientError(f"{what}: {error}", hint="is the region right, and the network up?") from None
+                raise TransientError(str(error), hint="is the region right, and the network up?") from None
             except exceptions.BotoCoreError as error:
                 raise PublishError(f"{what}: {error}") from None
 
@@ -104,9 +105,9 @@ def refusal(what: str, response: dict[str, Any], *, settling: bool = False) -> P
     if any(word in code for word in _QUOTA):
         return PublishError(said, hint="a quota is used up: recvirt prune aws, or ask for more (aws service-quotas)")
     if code in _PASSING or status in (429, 500, 502, 503, 504):
-        return TransientError(said)
+        return TransientError(f"{status} {said.removeprefix(f'{what}: ')}"[:_SAID_MAX])
     if settling and code in _NOT_YET:
-        return TransientError(said, after=2.0)
+        return TransientError(said.removeprefix(f"{what}: "), after=2.0)
     error = PublishError(said)
     error.code = code  # type: ignore[attr-defined]
     return error

@@ -111,7 +111,7 @@ class PageBlob:
             except exceptions.HttpResponseError as error:
                 raise _refusal(what, error) from None
             except exceptions.AzureError as error:
-                raise TransientError(f"{what}: {_said(error)}") from None
+                raise TransientError(_said(error)) from None
 
         return self._job.budget.call(what, attempt)
 
@@ -231,7 +231,7 @@ def _refusal(what: str, error: Any) -> PublishError:
     code, text = error.status_code, f"{what}: {error.error_code or ''} {_said(error)}"
     if code in _PASSING:
         after = (error.response.headers or {}).get("Retry-After", "") if error.response is not None else ""
-        return TransientError(text, after=float(after) if str(after).isdigit() else None)
+        return TransientError(text.removeprefix(f"{what}: "), after=float(after) if str(after).isdigit() else None)
     if code in (401, 403):
         return DeniedError(f"{text} (denied)", hint=_LATER)
     return PublishError(text)

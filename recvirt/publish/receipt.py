@@ -21,6 +21,8 @@ from recvirt.publish.source import Source
 
 SCHEMA = 1
 _SIGNATURE = ".sig"
+#: What a later run may say otherwise about the same image at the same place.
+_OF_A_RUN = {"published": "", "checked": ""}
 #: No provider's identity has such a word in it; a mistake in a provider must not end in a file that people pass on.
 _SECRETS = ("password", "secret", "token=", "sig=", "x-amz-signature", "private key", "authorization", "bearer ")
 
@@ -77,7 +79,7 @@ def receipt_path(folder: Path, target: str, image: Source) -> Path:
 
 
 def write_receipt(folder: Path, data: Mapping[str, Any], path: Path, signer: Signer) -> tuple[Receipt, bool]:
-    """Write and sign; or keep the one that is there, if it holds and says the same but for the time.
+    """Write and sign; or keep the one that is there, if it holds and says the same but for when and how.
 
     Returns the receipt, and whether it is new.
     """
@@ -86,7 +88,7 @@ def write_receipt(folder: Path, data: Mapping[str, Any], path: Path, signer: Sig
         try:
             old = load_receipt(path)
             verify_receipt(old, signer)
-            if {**old.data, "published": ""} == {**data, "published": ""}:
+            if {**old.data, **_OF_A_RUN} == {**data, **_OF_A_RUN}:
                 return old, False
         except VerificationError:
             pass  # a damaged one, or another key's: written anew
