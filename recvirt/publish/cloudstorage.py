@@ -87,7 +87,7 @@ class Bucket:
         answer = self._google.call(
             "begin the upload", "POST", url, ok=(200, 201), params=params, headers=headers, data=body
         )
-        return urllib.parse.urljoin(url, answer.headers["Location"])
+        return urllib.parse.urljoin(url, str(answer.headers["Location"]))
 
     def offset(self, session: str) -> int | None:
         """How many bytes a session has; -1 when it is finished, None when it is not known any more."""

@@ -159,11 +159,12 @@ class Snapshots:
         with self._job.image.disk() as disk:
 
             def look(number: int) -> None:
-                answer = self._amazon.call(
-                    f"read block {number}", self._ebs.get_snapshot_block, SnapshotId=snapshot, BlockIndex=number,
-                    BlockToken=tokens[number],
-                )  # fmt: skip
-                if answer["BlockData"].read() != disk.read(number * BLOCK, BLOCK).ljust(BLOCK, b"\0"):
+                def read() -> bytes:
+                    words = {"SnapshotId": snapshot, "BlockIndex": number, "BlockToken": tokens[number]}
+                    return bytes(self._ebs.get_snapshot_block(**words)["BlockData"].read())
+
+                data = self._amazon.call(f"read block {number}", read)
+                if data != disk.read(number * BLOCK, BLOCK).ljust(BLOCK, b"\0"):
                     raise self._differs(snapshot, f"block {number} holds something else")
 
             send_all(chosen, look, self._job.workers)

@@ -185,12 +185,12 @@ class WebDavTree(Tree):
 
     def _settle(self, name: str) -> None:
         headers = {"Destination": self._at(name), "Overwrite": "T"}
-        answer = self._http.call(
-            f"move {name} into place", "MOVE", self._at(name) + _PART, ok=(201, 204, 404), headers=headers
-        )
-        # A MOVE whose answer was lost has been done; the second one finds nothing to move.
-        if answer.status_code == 404 and self.size(name) is None:
-            raise PublishError(f"{name} was sent, and is not there")
+        try:
+            self._http.call(f"move {name} into place", "MOVE", self._at(name) + _PART, ok=(201, 204), headers=headers)
+        except PublishError:
+            # A MOVE whose answer was lost has been done, and the next try finds nothing to move: 404, or 403 of rclone.
+            if self.size(name + _PART) is not None or self.size(name) is None:
+                raise
 
     def _folders(self, name: str) -> None:
         parts = name.split("/")[:-1]

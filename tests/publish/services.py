@@ -39,7 +39,7 @@ class Service:
 
 def is_same_disk(image: Path, copy: Path, kind: str) -> None:
     """AssertionError unless both hold the same disk."""
-    words = ["qemu-img", "compare", "-f", "qcow2", "-F", kind, image, copy]
+    words: list[str | Path] = ["qemu-img", "compare", "-f", "qcow2", "-F", kind, image, copy]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

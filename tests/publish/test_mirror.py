@@ -41,7 +41,8 @@ def test_the_tree_holds_the_image_and_all_about_it(place: Place, image: Path, tr
     subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=disk.parent, check=True)
     key = (place.folder / "state/receipt-key.pub").read_text()
     (tree / "allowed").write_text(f"recvirt {key}")
-    words = ["ssh-keygen", "-Y", "verify", "-f", tree / "allowed", "-I", "recvirt", "-n", "recvirt-checksums"]
+    words: list[str | Path] = ["ssh-keygen", "-Y", "verify", "-f", tree / "allowed", "-I", "recvirt"]
+    words += ["-n", "recvirt-checksums"]
     sums = (disk.parent / "SHA256SUMS").read_bytes()
     subprocess.run([*words, "-s", disk.parent / "SHA256SUMS.sig"], input=sums, check=True, capture_output=True)
 

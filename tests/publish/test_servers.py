@@ -52,6 +52,7 @@ def holds_the_image(service: Service, image: Path, folder: Path) -> None:
 def start(service: Service, place: Place, image: Path) -> subprocess.Popen[bytes]:
     """A run in a process of its own."""
     sets = [word for setting in service.settings for word in ("--set", f"{service.target}.{setting}")]
+    place.folder.mkdir(exist_ok=True)
     words = [sys.executable, "-m", "recvirt", "publish", service.target, str(image), *sets, *place.options, "--json"]
     return subprocess.Popen(
         words, cwd=place.folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
