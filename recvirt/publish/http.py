@@ -32,7 +32,7 @@ class Http:
     """A session with one provider. Threads may share it."""
 
     def __init__(self, budget: Budget, *, timeout: float, workers: int = 4, netrc: bool = False) -> None:
-        self._budget = budget
+        self.budget = budget
         self._timeout = (_CONNECT_SECONDS, timeout)
         self.session = requests.Session()
         # Credentials of ~/.netrc are only for those providers that say so.
@@ -82,7 +82,7 @@ class Http:
                 raise refusal(what, answer)
             return answer
 
-        return attempt() if once else self._budget.call(what, attempt)
+        return attempt() if once else self.budget.call(what, attempt)
 
     def json(self, what: str, method: str, url: str, **more: Any) -> Any:
         """The answer's JSON. What is no JSON is tried again: a proxy's page, a body that was cut."""
@@ -94,7 +94,7 @@ class Http:
             except ValueError as error:
                 raise TransientError(f"{place_of(url)}: the answer is no JSON") from error
 
-        return self._budget.call(what, attempt)
+        return self.budget.call(what, attempt)
 
 
 def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:

@@ -185,12 +185,17 @@ class WebDavTree(Tree):
 
     def _settle(self, name: str) -> None:
         headers = {"Destination": self._at(name), "Overwrite": "T"}
-        try:
-            self._http.call(f"move {name} into place", "MOVE", self._at(name) + _PART, ok=(201, 204), headers=headers)
-        except PublishError:
-            # A MOVE whose answer was lost has been done, and the next try finds nothing to move: 404, or 403 of rclone.
-            if self.size(name + _PART) is not None or self.size(name) is None:
-                raise
+        what = f"move {name} into place"
+
+        def move() -> None:
+            # Never twice: a MOVE whose answer was lost has been done, and servers delete the target before they find
+            # that there is nothing to move (golang's webdav does).
+            if self.size(name + _PART) is not None:
+                self._http.call(what, "MOVE", self._at(name) + _PART, ok=(201, 204), headers=headers, once=True)
+            elif self.size(name) is None:
+                raise PublishError(f"{name} was sent, and is not there", hint="publish it again")
+
+        self._http.budget.call(what, move)
 
     def _folders(self, name: str) -> None:
         parts = name.split("/")[:-1]

@@ -147,6 +147,8 @@ def test_two_runs_at_once_make_one(service: Service, place: Place, image: Path) 
 
 
 def test_two_machines_at_once_end_with_one_whole_image(service: Service, place: Place, image: Path) -> None:
+    if service.target == "aws":
+        pytest.skip("moto knows no client tokens, and takes a name twice")
     both = [start(service, Place(place.folder / name), image) for name in ("a", "b")]
     for process in both:
         process.communicate()
