@@ -15,7 +15,7 @@ die() { say "publish-servers: $*"; exit 4; }
 
 missing=
 for pair in docker-registry:docker-registry rclone:rclone qemu-img:qemu-utils virsh:libvirt-clients \
-    libvirtd:libvirt-daemon-system skopeo:skopeo npm:npm virt-index-validate:guestfs-tools; do
+    libvirtd:libvirt-daemon-system skopeo:skopeo npm:npm virt-index-validate:guestfs-tools xmllint:libxml2-utils; do
     command -v "${pair%%:*}" >/dev/null 2>&1 || missing="$missing ${pair#*:}"
 done
 if [ -n "$missing" ]; then
@@ -37,7 +37,7 @@ want=$(cat "$0")
 [ ! -f "$home/.made" ] || [ "$(cat "$home/.made")" != "$want" ] || exit 0
 say "Making $home ..."
 python3 -m venv "$home"
-"$home/bin/pip" install --quiet --disable-pip-version-check 'moto[server,s3,ec2]>=5.2' 'gcp-storage-emulator' 'glance' 'gunicorn' ||
+"$home/bin/pip" install --quiet --disable-pip-version-check 'moto[server,s3,ec2]>=5.2' 'gcp-storage-emulator' 'glance' 'gunicorn' 'google-api-python-client' ||
     die "pip failed: see its words above"
 (cd "$home" && npm install --silent --no-fund --no-audit azurite@3) || die "npm failed: see its words above"
 printf '%s\n' "$want" >"$home/.made"

@@ -76,7 +76,7 @@ class Amazon:
                 raise DeniedError(f"{what}: {error}", hint=_LATER) from None
             except exceptions.ParamValidationError as error:
                 raise PublishError(f"{what}: {error}") from None
-            except (exceptions.HTTPClientError, ResponseParserError) as error:
+            except (exceptions.HTTPClientError, exceptions.ConnectionError, ResponseParserError) as error:
                 raise TransientError(str(error), hint="is the region right, and the network up?") from None
             except exceptions.BotoCoreError as error:
                 raise PublishError(f"{what}: {error}") from None
@@ -102,10 +102,10 @@ def refusal(what: str, response: dict[str, Any], *, settling: bool = False) -> P
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     if code in _DENIED or status in (401, 403):
         return DeniedError(f"{said} (denied)", hint=_LATER)
-    if any(word in code for word in _QUOTA):
-        return PublishError(said, hint="a quota is used up: recvirt prune aws, or ask for more (aws service-quotas)")
     if code in _PASSING or status in (429, 500, 502, 503, 504):
         return TransientError(f"{status} {said.removeprefix(f'{what}: ')}"[:_SAID_MAX])
+    if any(word in code for word in _QUOTA):
+        return PublishError(said, hint="a quota is used up: recvirt prune aws, or ask for more (aws service-quotas)")
     if settling and code in _NOT_YET:
         return TransientError(said.removeprefix(f"{what}: "), after=2.0)
     error = PublishError(said)

@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-Answer = tuple[int, Any]
+#: Status, body, and headers if there are any.
+Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]]
 
 
 @contextmanager
@@ -31,12 +32,15 @@ def serving(respond: Callable[[str, str, dict[str, list[str]], Any], Answer]) ->
         def _answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             parts = urlsplit(self.path)
-            status, said = respond(self.command, parts.path, parse_qs(parts.query), json.loads(body) if body else None)
+            answer = respond(self.command, parts.path, parse_qs(parts.query), json.loads(body) if body else None)
+            status, said = answer[:2]
             content = said if isinstance(said, bytes) else json.dumps(said).encode()
             if status == 204:
                 content = b""
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
+            for name, value in (answer[2] if len(answer) == 3 else {}).items():
+                self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(content)
@@ -127,3 +131,30 @@ class DigitalOcean:
             return 204, {}
         found["status"] = "available"
         return 200, {"image": found}
+
+
+class Keystone:
+    """Tokens and a catalogue. ``tokens`` are given out one after the other, the last one for ever."""
+
+    def __init__(self, image_url: str, tokens: list[str], password: str = "right") -> None:
+        self.image_url = image_url
+        self.tokens = tokens
+        self.password = password
+        self.url = ""
+
+    def respond(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> Answer:
+        if method == "GET":
+            links = [{"rel": "self", "href": f"{self.url}/v3/"}]
+            version = {"id": "v3.14", "status": "stable", "links": links, "media-types": []}
+            return (200, {"version": version}) if "v3" in path else (300, {"versions": {"values": [version]}})
+        if body["auth"]["identity"]["password"]["user"]["password"] != self.password:
+            return 401, {"error": {"code": 401, "message": "The request you have made requires authentication."}}
+        endpoint = {"interface": "public", "region": "one", "region_id": "one", "url": self.image_url, "id": "e"}
+        token = {
+            "methods": ["password"], "expires_at": "2099-01-01T00:00:00.000000Z", "issued_at": "2026-01-01T00:00:00.0Z",
+            "user": {"id": "u", "name": "u", "domain": {"id": "default", "name": "Default"}},
+            "project": {"id": "p", "name": "p", "domain": {"id": "default", "name": "Default"}},
+            "catalog": [{"type": "image", "name": "glance", "id": "s", "endpoints": [endpoint]}],
+        }  # fmt: skip
+        word = self.tokens.pop(0) if len(self.tokens) > 1 else self.tokens[0]
+        return 201, {"token": token}, {"X-Subject-Token": word}
