@@ -16,7 +16,7 @@ Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]]
 
 @contextmanager
 def serving(respond: Callable[[str, str, dict[str, list[str]], Any], Answer]) -> Iterator[str]:
-    """A JSON server: ``respond(method, path, query, body)`` gives status and body."""
+    """A JSON server: ``respond(method, path, query, body)``; the query also has the header ``authorization``."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -32,7 +32,8 @@ def serving(respond: Callable[[str, str, dict[str, list[str]], Any], Answer]) ->
         def _answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             parts = urlsplit(self.path)
-            answer = respond(self.command, parts.path, parse_qs(parts.query), json.loads(body) if body else None)
+            query = {**parse_qs(parts.query), "authorization": [self.headers.get("Authorization", "")]}
+            answer = respond(self.command, parts.path, query, json.loads(body) if body else None)
             status, said = answer[:2]
             content = said if isinstance(said, bytes) else json.dumps(said).encode()
             if status == 204:

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HOME = Path(os.environ.get("RECVIRT_PUBLISH_SERVERS", ROOT / ".cache/publish-servers"))
 _WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")
-_START_SECONDS = 60.0
+_START_SECONDS = 240.0
 
 
 def find(name: str) -> str | None:
@@ -75,9 +75,13 @@ def running(
         process.wait()
 
 
+#: "p", as htpasswd(1) -B writes it.
+_BCRYPT = "u:$2b$05$recvirtrecvirtrecvirtucxpgVYdhiySpchMlPmZIehjlijQRPt2"
+
+
 @contextmanager
-def registry(folder: Path) -> Iterator[str]:
-    """Debian's docker-registry; HOST:PORT."""
+def registry(folder: Path, *, login: bool = False) -> Iterator[str]:
+    """Debian's docker-registry; HOST:PORT. With ``login`` it wants one: u, p."""
     port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "registry.yml"
@@ -85,7 +89,9 @@ def registry(folder: Path) -> Iterator[str]:
         "version: 0.1\nlog: {level: warn}\n"
         f"storage:\n  filesystem: {{rootdirectory: '{folder / 'blobs'}'}}\n  delete: {{enabled: true}}\n"
         f"http: {{addr: '127.0.0.1:{port}'}}\n"
+        + (f"auth: {{htpasswd: {{realm: r, path: '{folder / 'htpasswd'}'}}}}\n" if login else "")
     )
+    (folder / "htpasswd").write_text(_BCRYPT + "\n")
     argv = [find("docker-registry") or "docker-registry", "serve", str(config)]
     with running(argv, folder, lambda: answers(f"http://127.0.0.1:{port}/v2/")):
         yield f"127.0.0.1:{port}"
