@@ -7,7 +7,7 @@ that fails does not keep the next one from its turn; the run then ends with the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from recvirt.publish.accepted import Acceptance, check_report, find_report
 from recvirt.publish.budget import Budget
 from recvirt.publish.config import Targets
 from recvirt.publish.journal import target_lock
-from recvirt.publish.plan import Plan, as_table
+from recvirt.publish.plan import Plan, Step, as_table
 from recvirt.publish.provider import Job, Provider, Remote
 from recvirt.publish.receipt import Receipt, receipt_data, receipt_path, write_receipt
 from recvirt.publish.recipe import write_recipe
 from recvirt.publish.retire import choose
 from recvirt.publish.signing import Signer
-from recvirt.publish.source import Source, load_source
+from recvirt.publish.source import SHORT, Source, load_source
 from recvirt.ui import format_bytes, reporter
 
 DEFAULT_WORKERS = 8
@@ -100,7 +100,29 @@ def make_plans(providers: Sequence[Provider]) -> list[Plan]:
     """The plans of all targets: static rules first, for all of them, then a look at what is there."""
     for provider in providers:
         provider.check()
-    return [provider.whole_plan() for provider in providers]
+    return [_with_retired(provider, provider.whole_plan()) for provider in providers]
+
+
+def _with_retired(provider: Provider, plan: Plan) -> Plan:
+    steps = [Step("retire", remote.name, note="once the new one is there") for remote in to_retire(provider)]
+    return replace(plan, steps=(*plan.steps, *steps))
+
+
+def to_retire(provider: Provider) -> list[Remote]:
+    """What ``keep`` lets go when the image is there: older ones of its profile, never the image itself."""
+    if provider.keep is None:
+        return []
+    image, now = provider.job.image, datetime.now(UTC)
+    remotes = [remote for remote in provider.remotes() if remote.profile.partition("@")[0] == image.profile]
+
+    def is_it(remote: Remote) -> bool:
+        return bool(remote.digest) and image.sha256.startswith(remote.digest[:SHORT])
+
+    # Where it is not yet, it will be the newest.
+    places = {remote.profile for remote in remotes} - {remote.profile for remote in remotes if is_it(remote)}
+    coming = [Remote("", image.name, image.sha256, place, now) for place in places]
+    chosen = choose([*remotes, *coming], keep=provider.keep, older_than_days=provider.keep_days, now=now)
+    return [remote for remote in chosen if not is_it(remote)]
 
 
 def publish(providers: Sequence[Provider], options: Options) -> list[Done]:
@@ -139,6 +161,9 @@ def _publish_one(provider: Provider, options: Options) -> Done:
             return Done(job.target, None, recipe, 0, False)
         data = receipt_data(job.target, provider.name, image, published, datetime.now(UTC))
         receipt, is_new = write_receipt(options.receipts, data, path, job.signer)
+        for remote in to_retire(provider):
+            provider.delete(remote)
+            reporter.info(f"retired {remote.name}")
     what = f"{format_bytes(published.sent_bytes)} sent" if published.sent_bytes else "nothing was sent"
     reporter.info(f"{image.name}: {what}; {published.checked}; receipt: {receipt.path}")
     return Done(job.target, receipt, recipe, published.sent_bytes, is_new)

@@ -97,15 +97,18 @@ class PageBlob:
         """All of it."""
         return sum(self.runs.values()) + _FOOTER
 
-    def call(self, what: str, function: Any, *arguments: Any, **named: Any) -> Any:
+    def call(self, what: str, function: Any, *arguments: Any, absent_is_none: bool = False, **named: Any) -> Any:
         """One call, with retries under our budget and errors for people."""
         from azure.core import exceptions
 
         def attempt() -> Any:
             try:
                 return function(*arguments, **named)
-            except exceptions.ResourceNotFoundError:
-                raise
+            except exceptions.ResourceNotFoundError as error:
+                if absent_is_none:
+                    return None
+                hint = "is the container there? az storage container create"
+                raise PublishError(f"{what}: {_said(error)}", hint=hint) from None
             except exceptions.ClientAuthenticationError as error:
                 raise DeniedError(f"{what}: denied: {_said(error)}", hint=_LATER) from None
             except exceptions.HttpResponseError as error:
@@ -117,13 +120,8 @@ class PageBlob:
 
     def properties(self) -> Mapping[str, Any] | None:
         """Size and metadata, or None when there is no such blob."""
-        from azure.core.exceptions import ResourceNotFoundError
-
-        try:
-            found = self.call("look for the blob", self._client.get_blob_properties)
-        except ResourceNotFoundError:
-            return None
-        return {"size": found.size, "metadata": dict(found.metadata or {}), "etag": found.etag}
+        found = self.call("look for the blob", self._client.get_blob_properties, absent_is_none=True)
+        return found and {"size": found.size, "metadata": dict(found.metadata or {}), "etag": found.etag}
 
     def is_whole(self, properties: Mapping[str, Any] | None) -> bool:
         """Whether it is our image, sent and compared. PublishError when the name is another's."""

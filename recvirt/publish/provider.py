@@ -49,6 +49,10 @@ class TargetConfig(Model):
     provider: str | None = Field(default=None, description="the provider, where the target's name is another one")
     folder: str = Field(default=".", description="what relative paths are relative to: the configuration's folder")
     workers: int | None = Field(default=None, ge=1, le=64, description="parts sent at once; --workers wins")
+    keep: int | None = Field(
+        default=None, ge=1, description="once the image is there, retire all but so many of its profile; unset: none"
+    )
+    keep_days: float = Field(default=0.0, ge=0, description="with `keep`: what is younger than so many days stays")
     timeout: int = Field(default=60, ge=1, le=3600, description="seconds that one answer may take")
 
     def path_to(self, text: str) -> Path:
@@ -122,6 +126,7 @@ class Provider(ABC):
     def __init__(self, config: TargetConfig, job: Job) -> None:
         self.job = job
         self.timeout = config.timeout
+        self.keep, self.keep_days = config.keep, config.keep_days
         self.workers = job.workers
 
     def check(self) -> None:  # noqa: B027 (not every provider has such rules)

@@ -94,8 +94,9 @@ class Azure(Provider):
 
     @property
     def _definition(self) -> str:
-        profile = self.job.image.profile if self.job.source else ""
-        return self.config.definition or f"recvirt-{profile}"
+        if self.config.definition is None and self.job.source is None:
+            raise ConfigError(f"{self.job.target}: pruning wants the name of the definition")
+        return self.config.definition or f"recvirt-{self.job.image.profile}"
 
     def _arm(self, what: str, method: str, path: str, *, ok: tuple[int, ...], **more: Any) -> Any:
         if time.time() > self._token[1] - 300:
@@ -248,10 +249,10 @@ class Azure(Provider):
 
     def remotes(self) -> list[Remote]:
         """See :class:`Provider`. Versions of the gallery; without one there is nothing to tell ages by."""
-        if self.config.gallery is None or self.config.definition is None:
-            raise ConfigError(f"{self.job.target}: pruning wants gallery and definition")
+        if self.config.gallery is None:
+            raise ConfigError(f"{self.job.target}: pruning wants a gallery")
         found = []
-        for version in self._versions(self.config.definition):
+        for version in self._versions(self._definition):
             tags = version.get("tags") or {}
             if tags.get(TAG) == "image":
                 made = datetime.fromisoformat(tags["recvirt-created"])
@@ -261,7 +262,7 @@ class Azure(Provider):
 
     def delete(self, remote: Remote) -> None:
         """See :class:`Provider`. The blob stays: a version has copied it."""
-        path = f"/images/{self.config.definition}/versions/{remote.identity}"
+        path = f"/images/{self._definition}/versions/{remote.identity}"
         self._arm("delete a version", "DELETE", path, ok=(200, 202, 204, 404))
 
     def recipe(self, published: Published) -> dict[str, Any]:
