@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from recvirt.errors import ConfigError
 from recvirt.publish.config import PROVIDERS, Targets, provider_class
 from recvirt.publish.provider import TargetConfig
+from tests.publish.servers import ROOT
 from tests.publish.support import Place
 
 
@@ -84,3 +88,31 @@ def test_a_static_rule_of_one_target_stops_all(place: Place, image: Path, tmp_pa
     with pytest.raises(ConfigError, match="Hetzner"):
         place.run("publish", "mirror", "hetzner", image, "--set", f"mirror.path={tmp_path / 'm'}", *place.options)
     assert not (tmp_path / "m").exists()
+
+
+def test_the_manual_names_every_key_and_provider() -> None:
+    text = (ROOT / "docs/publishing.md").read_text()
+    for name in PROVIDERS:
+        assert f"`{name}`" in text
+        for key in provider_class(name).config_model.model_fields:
+            # The folder is the configuration's own; endpoints of stand-ins are for tests.
+            if key not in ("folder", "storage_endpoint", "compute_endpoint", "management"):
+                assert re.search(rf"[`*]{key}[`*]", text), f"{name}.{key}"
+
+
+def test_every_provider_says_what_rights_it_wants() -> None:
+    text = (ROOT / "docs/policies/README.md").read_text()
+    for name in ("aws", "gcp", "azure", "openstack", "oci-registry", "mirror", "libvirt", "digitalocean"):
+        assert f"| {name} " in text
+    json.loads((ROOT / "docs/policies/azure.json").read_text())
+    assert yaml.safe_load((ROOT / "docs/policies/gcp.yaml").read_text())["includedPermissions"]
+
+
+@pytest.mark.parametrize("name", ["github-actions.yml", "gitlab-ci.yml"])
+def test_the_ci_examples_are_yaml_and_call_targets_that_exist(name: str) -> None:
+    text = (ROOT / "docs/ci" / name).read_text()
+    assert yaml.safe_load(text)
+    targets = re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    called = re.findall(r"\bmake ([a-z-]+)", text)
+    assert {"image", "acceptance", "publish"} <= set(called)
+    assert set(called) <= set(targets)
