@@ -161,7 +161,7 @@ class PageBlob:
         if there is None or there["size"] != size:
             said = {**metadata, DIGEST: self._job.image.sha256, STATE: "sending", UPLOAD: uuid.uuid4().hex}
             # Of two publishers at once one makes it, and both send the same pages to it.
-            only_new = {"headers": {"If-None-Match": "*"}} if there is None else {}
+            only_new: dict[str, Any] = {"headers": {"If-None-Match": "*"}} if there is None else {}
             try:
                 self.call("make the blob", self._client.create_page_blob, size, metadata=said, **only_new)
             except PublishError:
