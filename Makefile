@@ -2,6 +2,7 @@
 #
 #   make image [PROFILE=default] [YES=1]   install what the host lacks (asks; YES=1 does not), build the profile
 #   make test  [PROFILE=default] [YES=1]   = make check + make acceptance
+#   make publish PROVIDERS="aws gcp" [PROFILE=default]   take the accepted image there (publish.yaml tells where)
 .POSIX:
 PROFILE = default
 VENV = .venv
@@ -10,16 +11,18 @@ PYTHON = $(VENV)/bin/python
 BUILD_FLAGS =
 TEST_FLAGS =
 SOAK_FLAGS = --minutes 30
+PROVIDERS =
+PUBLISH_FLAGS =
 
 .PHONY: help host dev image check lint types unit acceptance test bench clean stage-tests \
-	cloud-debian cloud-soak cloud-boundaries \
+	cloud-debian cloud-soak cloud-boundaries publish publish-servers publish-local publish-tests \
 	acceptance-deep acceptance-kernels acceptance-vmx acceptance-matrix acceptance-workers acceptance-mutations \
 	image-minimal image-debian-kernel image-kernel-7 image-bookworm image-debug image-bench \
 	acceptance-minimal acceptance-debian-kernel acceptance-kernel-7 acceptance-bookworm
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "longer ones: stage-tests cloud-debian cloud-soak cloud-boundaries bench acceptance-deep acceptance-kernels acceptance-vmx acceptance-matrix acceptance-workers acceptance-mutations"
+	@echo "longer ones: stage-tests publish-local publish-tests cloud-debian cloud-soak cloud-boundaries bench acceptance-deep acceptance-kernels acceptance-vmx acceptance-matrix acceptance-workers acceptance-mutations"
 	@echo "             image-PROFILE and acceptance-PROFILE for minimal debian-kernel kernel-7 bookworm"
 
 host:
@@ -41,7 +44,7 @@ types: dev
 	$(PYTHON) -m mypy
 
 unit: dev
-	$(PYTHON) -m pytest -q -n auto -m "not slow" tests/unit tests/cloud
+	$(PYTHON) -m pytest -q -n auto -m "not slow" tests/unit tests/cloud tests/publish
 
 acceptance: host
 	$(RECVIRT) test $(TEST_FLAGS) $(PROFILE)
@@ -51,6 +54,18 @@ test: check acceptance
 stage-tests: dev
 	$(PYTHON) -m pytest -v tests/stages tests/unit tests/cloud -m slow
 	$(PYTHON) -m pytest -v tests/stages -m "not slow"
+
+publish: host
+	$(RECVIRT) publish $(PUBLISH_FLAGS) $(PROVIDERS) $(PROFILE)
+
+publish-servers:
+	@YES="$(YES)" sh scripts/publish-servers.sh
+
+publish-local: dev publish-servers
+	$(PYTHON) -m tests.publish.local --image $(PROFILE) $(PROVIDERS)
+
+publish-tests: dev publish-servers
+	$(PYTHON) -m pytest -v -n 2 tests/publish
 
 cloud-debian: dev
 	$(PYTHON) -m pytest -v tests/stages/test_cloud_debian.py

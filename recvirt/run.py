@@ -36,6 +36,7 @@ PACKAGES = {
     "tar": "tar",
     "gpgv": "gpgv",
     "git": "git",
+    "virsh": "libvirt-clients",
 }
 
 _KEPT_VARIABLES = (

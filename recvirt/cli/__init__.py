@@ -44,6 +44,9 @@ VERBS = {
     "inspect": "image:inspect",
     "diff": "image:diff",
     "sbom": "image:sbom",
+    "publish": "publish:publish",
+    "published": "publish:published",
+    "prune": "publish:prune",
     "clean": "clean:clean",
     "completion": "completion:completion",
 }

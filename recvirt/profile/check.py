@@ -93,7 +93,7 @@ def validate(root: Node, *, whole: bool = True) -> tuple[Profile | None, list[Pr
     data = root.plain()
     problems = [_problem(root, place, message) for place, message in conflicts(data)] if whole else []
     try:
-        return Profile.model_validate(_as_tuples(data)), problems
+        return Profile.model_validate(as_tuples(data)), problems
     except ValidationError as error:
         problems += [
             _explain(root, fault["loc"], fault["type"], fault["msg"], fault.get("ctx", {}), fault["input"])
@@ -102,11 +102,11 @@ def validate(root: Node, *, whole: bool = True) -> tuple[Profile | None, list[Pr
         return None, problems
 
 
-def _as_tuples(value: Any) -> Any:
+def as_tuples(value: Any) -> Any:
     """The models are strict and immutable: what YAML calls a list is a tuple to them."""
     if isinstance(value, dict):
-        return {key: _as_tuples(child) for key, child in value.items()}
-    return tuple(_as_tuples(child) for child in value) if isinstance(value, list) else value
+        return {key: as_tuples(child) for key, child in value.items()}
+    return tuple(as_tuples(child) for child in value) if isinstance(value, list) else value
 
 
 def _explain(root: Node, place: Place, kind: str, said: str, context: Mapping[str, Any], given: Any) -> Problem:
@@ -117,6 +117,12 @@ def _explain(root: Node, place: Place, kind: str, said: str, context: Mapping[st
         key = str(place[-1])
         message = f"unknown key{_did_you_mean(key, schema.known_keys(place[:-1]))}"
         return _problem(root, place, message)
+    message = fault_message(kind, said, context, given)
+    return _problem(root, place, f"the key {message}" if bad_key else message)
+
+
+def fault_message(kind: str, said: str, context: Mapping[str, Any], given: Any) -> str:
+    """What a person is told about one of pydantic's faults: its type, words, context and the value it met."""
     words = {
         "missing": "is required",
         "string_type": f"must be text, not {_kind(given)} (quote it)",
@@ -129,8 +135,7 @@ def _explain(root: Node, place: Place, kind: str, said: str, context: Mapping[st
         "string_pattern_mismatch": f"{_shown(given)} is not of the form {context.get('pattern', '')}",
         "value_error": str(context.get("error", said)),
     }
-    message = words.get(kind, said[:1].lower() + said[1:])
-    return _problem(root, place, f"the key {message}" if bad_key else message)
+    return words.get(kind, said[:1].lower() + said[1:])
 
 
 def _kind(value: Any) -> str:

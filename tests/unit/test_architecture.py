@@ -129,6 +129,15 @@ def test_a_running_vm_does_not_know_what_it_must_prove() -> None:
     assert offenders(below("recvirt.qemu"), "recvirt.accept", "recvirt.stages", "recvirt.pipeline") == []
 
 
+def test_what_is_published_is_read_from_files() -> None:
+    """Publishing knows images and reports, not how they come about; providers do not know each other."""
+    assert offenders(below("recvirt.publish"), "recvirt.pipeline", "recvirt.stages", "recvirt.qemu") == []
+    providers = [path for path in below("recvirt.publish.providers") if path.name != "__init__.py"]
+    for path in providers:
+        assert offenders([path], *(name_of(other) for other in providers if other != path)) == []
+        assert offenders([path], "recvirt.publish.engine", "recvirt.publish.config") == []
+
+
 def test_builder_and_image_do_not_import_each_other() -> None:
     inside = below(INSIDE)
     builder = [path for path in MODULES if path not in inside]
@@ -140,7 +149,7 @@ def test_builder_and_image_do_not_import_each_other() -> None:
 def test_help_stays_quick() -> None:
     """The command line imports what is heavy where it is used, so that ``--help`` and completion answer at once."""
     heavy = ["pydantic", "jinja2", "requests", "pytest", "testinfra"]
-    heavy += [f"recvirt.{name}" for name in ("profile", "pipeline", "stages", "accept")]
+    heavy += [f"recvirt.{name}" for name in ("profile", "pipeline", "stages", "accept", "publish")]
     assert offenders(below("recvirt.cli"), *heavy, lazy=False) == []
 
 

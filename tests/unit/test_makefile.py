@@ -22,6 +22,7 @@ TARGETS = re.search(r"^\.PHONY: ((?:.*\\\n)*.*)", TEXT, re.MULTILINE)[1].replace
 def recipe(target: str, *variables: str) -> list[str]:
     """What make would run, whatever the make or shell around the tests has set."""
     ours = {"YES", "DEV", "VENV", "PROFILE", "BUILD_FLAGS", "TEST_FLAGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS"}
+    ours |= {"PROVIDERS", "PUBLISH_FLAGS"}
     said = subprocess.run(
         ["make", "-n", "--no-print-directory", target, *variables],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -75,7 +76,7 @@ def test_test_is_check_and_acceptance() -> None:
 
 def test_paths_that_recipes_name_are_there() -> None:
     for target in TARGETS:
-        for path in re.findall(r"(?<![\w./])((?:tests|scripts|benchmarks)/[\w/.]+)", "\n".join(recipe(target))):
+        for path in re.findall(r"(?<![\w./])((?:tests|scripts|benchmarks)/[\w/.-]+)", "\n".join(recipe(target))):
             assert (ROOT / path).exists(), f"{target}: {path}"
 
 

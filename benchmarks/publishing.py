@@ -1,0 +1,145 @@
+"""(g): bytes and time that publishing an image to AWS takes, against sending every block, and against a raw in S3.
+
+All three go to the same server on this machine (moto), through a proxy that counts what is sent. What others send is
+made up here: every block of the disk by EBS direct, as uploaders without zero-skipping do, and the raw disk as one
+object in S3, as `aws ec2 import-snapshot` wants it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import Result, Row
+from benchmarks.workplace import CHECKOUT, Site
+from recvirt.imagefile.container import identify
+from recvirt.publish.amazon import checksum
+from recvirt.publish.reader import DiskReader, open_disk
+from recvirt.publish.snapshot import BLOCK
+from recvirt.publish.transfer import send_all
+from tests.publish import proxy, servers
+
+_WORKERS = 8
+_PART = 8 << 20
+_MEMORY_MB = 200.0
+_SPARSE_BYTES = 20 << 30
+_KEYS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
+
+
+def recvirt(image: Path, url: str, folder: Path) -> float:
+    """Publish by recvirt's command line; its peak memory in MB."""
+    words = [sys.executable, "-m", "recvirt", "-q", "publish", "aws", str(image), "--unaccepted"]
+    words += ["--set", f"aws.endpoint={url}", "--set", "aws.region=eu-central-1"]
+    words += ["--state-dir", str(folder / "state"), "--receipts", str(folder / "receipts")]
+    environment = {**os.environ, **_KEYS, "PYTHONPATH": str(CHECKOUT)}
+    process = subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    # Not wait4's figure: that starts from what we have ourselves.
+    peak = 0.0
+    while process.poll() is None:
+        with contextlib.suppress(OSError):
+            match = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+            peak = max(peak, int(match[1]) / 1024 if match else 0.0)
+        time.sleep(0.05)
+    if process.returncode:
+        raise RuntimeError(f"recvirt publish ended with {process.returncode}")
+    return peak
+
+
+def _client(name: str, url: str) -> Any:
+    import boto3
+
+    return boto3.client(
+        name, region_name="eu-central-1", endpoint_url=url, aws_access_key_id="x", aws_secret_access_key="y"
+    )
+
+
+def every_block(disk: DiskReader, url: str) -> None:
+    """All blocks by EBS direct, zeros too, as many at a time as recvirt sends."""
+    ebs = _client("ebs", url)
+    blocks = range(-(-disk.size // BLOCK))
+    snapshot = ebs.start_snapshot(VolumeSize=-(-disk.size // (1 << 30)))["SnapshotId"]
+
+    def send(number: int) -> None:
+        data = disk.read(number * BLOCK, BLOCK).ljust(BLOCK, b"\0")
+        ebs.put_snapshot_block(
+            SnapshotId=snapshot, BlockIndex=number, BlockData=data, DataLength=BLOCK, Checksum=checksum(data),
+            ChecksumAlgorithm="SHA256",
+        )  # fmt: skip
+
+    send_all(blocks, send, _WORKERS)
+    ebs.complete_snapshot(SnapshotId=snapshot, ChangedBlocksCount=len(blocks))
+
+
+def raw_in_s3(disk: DiskReader, url: str) -> None:
+    """The raw disk as one object, in parts; the import that would follow is not counted."""
+    s3 = _client("s3", url)
+    place = {"Bucket": "bench", "Key": "disk.raw"}
+    s3.create_bucket(Bucket="bench", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
+    upload = s3.create_multipart_upload(**place)["UploadId"]
+    parts: dict[int, str] = {}
+
+    def send(number: int) -> None:
+        data = disk.read((number - 1) * _PART, _PART)
+        answer = s3.upload_part(**place, UploadId=upload, PartNumber=number, Body=data)
+        parts[number] = answer["ETag"]
+
+    send_all(range(1, -(-disk.size // _PART) + 1), send, _WORKERS)
+    listed = [{"PartNumber": number, "ETag": tag} for number, tag in sorted(parts.items())]
+    s3.complete_multipart_upload(**place, UploadId=upload, MultipartUpload={"Parts": listed})
+
+
+def measured(folder: Path, send: Callable[[str], object]) -> tuple[int, float, object]:
+    """Bytes of requests' bodies, seconds, and what ``send`` gave back, at a fresh server."""
+    with servers.moto(folder) as server, proxy.line(server) as line:
+        started = time.monotonic()
+        found = send(line.url)
+        return line.body_bytes, time.monotonic() - started, found
+
+
+def compare(image: Path, folder: Path) -> Result:
+    """The three with one image, and recvirt's memory with a sparse disk of 20 GiB."""
+    disk = open_disk(identify(image))
+    mine, mine_seconds, memory = measured(folder / "a", lambda url: recvirt(image, url, folder))
+    full, full_seconds, _ = measured(folder / "b", lambda url: every_block(disk, url))
+    bucket, bucket_seconds, _ = measured(folder / "c", lambda url: raw_in_s3(disk, url))
+    sparse = folder / "sparse.raw"
+    with sparse.open("wb") as stream:
+        stream.truncate(_SPARSE_BYTES)
+        for place in range(0, _SPARSE_BYTES, _SPARSE_BYTES // 64):
+            stream.seek(place + 510)
+            stream.write(b"\x55\xaaEFI PART" * 1000)
+    _, _, sparse_memory = measured(folder / "d", lambda url: recvirt(sparse, url, folder))
+    rows = [
+        Row.ratio("publishing to AWS, bytes sent, against every block", mine, full, "B", None),
+        Row.ratio("the same, seconds (with reading back)", mine_seconds, full_seconds, "s", None),
+        Row.ratio("publishing to AWS, bytes sent, against a raw in S3", mine, bucket, "B", None),
+        Row.ratio("the same, seconds (without the import)", mine_seconds, bucket_seconds, "s", None),
+        Row.limit("publishing a sparse raw of 20 GiB, memory", float(str(sparse_memory)), "MB", _MEMORY_MB),
+    ]
+    facts = {"memory_mb": memory, "sparse_memory_mb": sparse_memory, "bytes": [mine, full, bucket],
+             "seconds": [mine_seconds, full_seconds, bucket_seconds]}  # fmt: skip
+    return Result("publish", rows, facts)
+
+
+def benchmark(site: Site) -> Result:
+    """The default image. RuntimeError without the server (make publish-servers)."""
+    if servers.why_not("aws"):
+        raise RuntimeError(f"the server of this benchmark is not installed: {servers.why_not('aws')}")
+    site.recvirt("build", "default", log_name="build-default")
+    with tempfile.TemporaryDirectory(dir=site.work_dir) as folder:
+        return compare(site.build_dir / "default/disk.qcow2", Path(folder))
+
+
+if __name__ == "__main__":
+    # One image, without the other benchmarks: python -m benchmarks.publishing FILE
+    with tempfile.TemporaryDirectory() as scratch:
+        print(json.dumps(compare(Path(sys.argv[1]).absolute(), Path(scratch)).as_json(), indent=1))

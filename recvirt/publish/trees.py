@@ -1,0 +1,231 @@
+"""Places that a static tree of files can be published to: a folder here, or a WebDAV server.
+
+A file is whole or absent under its name: it is written under another one and moved. S3 has a module of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import urllib.parse
+import xml.etree.ElementTree as ET
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+from recvirt.disk.sparse import copy_sparse
+from recvirt.errors import PublishError
+from recvirt.publish.http import Http
+from recvirt.publish.transfer import FileBody, Progress
+from recvirt.store import check_room, remove_tree
+
+#: Small files (indexes, manifests) are read whole, up to here.
+SMALL_BYTES = 16 << 20
+_CHUNK = 1 << 20
+_PART = ".part"
+
+
+class Tree(ABC):
+    """A tree of files. Names are relative, with slashes."""
+
+    @abstractmethod
+    def size(self, name: str) -> int | None:
+        """A file's size, or None when it is not there."""
+
+    @abstractmethod
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """A file's content, piece by piece. PublishError when it is not there."""
+
+    @abstractmethod
+    def write(self, name: str, data: bytes) -> None:
+        """Make a small file hold ``data``, in one step."""
+
+    @abstractmethod
+    def put(self, name: str, source: Path, sha256: str, progress: Progress) -> None:
+        """Make a file the copy of ``source``, in one step."""
+
+    @abstractmethod
+    def names(self, folder: str) -> list[str]:
+        """The names in a folder; none when it is not there."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Delete a file or a folder with all in it; what is not there is no fault."""
+
+    def read(self, name: str) -> bytes | None:
+        """A small file, or None when it is not there."""
+        size = self.size(name)
+        if size is None:
+            return None
+        if size > SMALL_BYTES:
+            raise PublishError(f"{name} in the mirror is too large for what it should be ({size} bytes)")
+        return b"".join(self.chunks(name))
+
+
+class FolderTree(Tree):
+    """A folder of this machine (or one that is mounted)."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def size(self, name: str) -> int | None:
+        """See :class:`Tree`."""
+        path = self._folder / name
+        return path.stat().st_size if path.is_file() else None
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """See :class:`Tree`."""
+        with (self._folder / name).open("rb") as stream:
+            while data := stream.read(_CHUNK):
+                yield data
+
+    def write(self, name: str, data: bytes) -> None:
+        """See :class:`Tree`."""
+        path = self._made(name)
+        partial = path.with_name(f".{path.name}{_PART}")
+        partial.write_bytes(data)
+        self._settle(partial, path)
+
+    def put(self, name: str, source: Path, sha256: str, progress: Progress) -> None:
+        """See :class:`Tree`. Holes stay holes."""
+        del sha256
+        path = self._made(name)
+        partial = path.with_name(f".{path.name}{_PART}")
+        check_room(path.parent, source.stat().st_blocks * 512)
+        copy_sparse(source, partial)
+        progress.add(source.stat().st_size)
+        self._settle(partial, path)
+
+    def _made(self, name: str) -> Path:
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @staticmethod
+    def _settle(partial: Path, path: Path) -> None:
+        partial.chmod(0o644)
+        descriptor = os.open(partial, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        partial.replace(path)
+
+    def names(self, folder: str) -> list[str]:
+        """See :class:`Tree`."""
+        path = self._folder / folder
+        return sorted(child.name for child in path.iterdir()) if path.is_dir() else []
+
+    def remove(self, name: str) -> None:
+        """See :class:`Tree`."""
+        path = self._folder / name
+        if path.is_dir():
+            remove_tree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def free_bytes(self) -> int:
+        """Room on its disk."""
+        folder = next(path for path in (self._folder, *self._folder.parents) if path.exists())
+        return shutil.disk_usage(folder).free
+
+
+class WebDavTree(Tree):
+    """A collection of a WebDAV server (RFC 4918). Uploads can't be gone on with: PUT has no offsets there."""
+
+    def __init__(self, url: str, http: Http) -> None:
+        self._url = url.rstrip("/")
+        self._http = http
+        self._known: set[str] = set()
+
+    def _at(self, name: str) -> str:
+        return f"{self._url}/{urllib.parse.quote(name)}"
+
+    def size(self, name: str) -> int | None:
+        """See :class:`Tree`."""
+        answer = self._http.call(f"look for {name}", "HEAD", self._at(name), ok=(200, 404), redirects=False)
+        return int(answer.headers.get("Content-Length", 0)) if answer.status_code == 200 else None
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """See :class:`Tree`. A connection that is cut is gone on with from the last byte."""
+        offset, total = 0, self.size(name) or 0
+        while offset < total or not total:
+            headers = {"Range": f"bytes={offset}-"} if offset else {}
+            answer = self._http.call(f"read {name}", "GET", self._at(name), ok=(200, 206), headers=headers, stream=True)
+            skip = offset if answer.status_code == 200 else 0
+            before = offset
+            try:
+                for data in answer.iter_content(_CHUNK):
+                    part, skip = data[skip:], max(0, skip - len(data))
+                    offset += len(part)
+                    yield part
+            except OSError:  # requests' errors are its children
+                if offset == before:
+                    raise PublishError(f"{name} can't be read back: the connection is cut each time") from None
+                continue
+            if offset < total and offset == before:
+                raise PublishError(f"{name} can't be read back: it ends after {offset} of {total} bytes")
+            if not total:
+                return
+
+    def write(self, name: str, data: bytes) -> None:
+        """See :class:`Tree`."""
+        self._folders(name)
+        part = self._at(name) + _PART
+        self._http.call(f"write {name}", "PUT", part, ok=(200, 201, 204), body=data)
+        self._settle(name)
+
+    def put(self, name: str, source: Path, sha256: str, progress: Progress) -> None:
+        """See :class:`Tree`."""
+        del sha256
+        self._folders(name)
+        part = self._at(name) + _PART
+        self._http.call(f"send {name}", "PUT", part, ok=(200, 201, 204), body=lambda: FileBody(source, progress))
+        self._settle(name)
+
+    def _settle(self, name: str) -> None:
+        headers = {"Destination": self._at(name), "Overwrite": "T"}
+        what = f"move {name} into place"
+
+        def move() -> None:
+            # Never twice: a MOVE whose answer was lost has been done, and servers delete the target before they find
+            # that there is nothing to move (golang's webdav does).
+            if self.size(name + _PART) is not None:
+                self._http.call(what, "MOVE", self._at(name) + _PART, ok=(201, 204), headers=headers, once=True)
+            elif self.size(name) is None:
+                raise PublishError(f"{name} was sent, and is not there", hint="publish it again")
+
+        self._http.budget.call(what, move)
+
+    def _folders(self, name: str) -> None:
+        parts = name.split("/")[:-1]
+        for count in range(len(parts) + 1):
+            folder = "/".join(parts[:count])
+            if folder in self._known:
+                continue
+            # 405: it is there already (RFC 4918, 9.3.1); some servers say 301.
+            url = self._at(folder) if folder else self._url + "/"
+            self._http.call(f"make the folder {folder}", "MKCOL", url, ok=(201, 301, 405), redirects=False)
+            self._known.add(folder)
+
+    def names(self, folder: str) -> list[str]:
+        """See :class:`Tree`."""
+        url = self._at(folder) + "/"
+        answer = self._http.call(f"list {folder}", "PROPFIND", url, ok=(207, 404), headers={"Depth": "1"})
+        if answer.status_code == 404:
+            return []
+        own = urllib.parse.urlsplit(url).path.rstrip("/")
+        found = set()
+        try:
+            hrefs = ET.fromstring(answer.content).iterfind(".//{DAV:}href")  # noqa: S314 (expat bounds entities)
+        except ET.ParseError as error:
+            raise PublishError(f"the server's list of {folder} is no XML: {error}") from None
+        for href in hrefs:
+            path = urllib.parse.unquote(urllib.parse.urlsplit(href.text or "").path).rstrip("/")
+            if path and path != urllib.parse.unquote(own):
+                found.add(path.rpartition("/")[2])
+        return sorted(found)
+
+    def remove(self, name: str) -> None:
+        """See :class:`Tree`."""
+        self._http.call(f"delete {name}", "DELETE", self._at(name), ok=(200, 204, 404))
