@@ -31,7 +31,7 @@ def schema_of(name: str) -> dict[str, Any]:
     place = "lib/python*/site-packages/googleapiclient/discovery_cache/documents/compute.v1.json"
     found = next(iter(servers.HOME.glob(place)), None)
     if found is None:
-        pytest.skip("wants google-api-python-client: scripts/publish-servers.sh")
+        pytest.fail("wants google-api-python-client: sh scripts/publish-servers.sh")
     schemas = json.loads(found.read_text())["schemas"]
 
     def strict(node: Any) -> Any:
@@ -54,6 +54,7 @@ def schema_of(name: str) -> dict[str, Any]:
     return {"definitions": definitions, "$ref": f"#/definitions/{name}"}
 
 
+@pytest.mark.slow
 def test_images_insert_fits_googles_own_document(place: Place, image: Path) -> None:
     import jsonschema
 
@@ -69,6 +70,7 @@ def test_images_insert_fits_googles_own_document(place: Place, image: Path) -> N
         assert value == value.lower()
 
 
+@pytest.mark.slow
 def test_the_instance_of_the_recipe_fits_googles_own_document(place: Place, image: Path) -> None:
     import jsonschema
 

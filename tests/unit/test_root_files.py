@@ -53,16 +53,19 @@ def test_every_template_has_a_rule_and_every_rule_a_template() -> None:
 
 
 def test_everything_renders_at_once() -> None:
-    everything = facts(
-        users=({"name": "ada", "sudo": True, "ssh_keys": (KEY,)},),
-        nfs={},
-        unattended_upgrades=True,
-        console_autologin="ada",
-        modules=("nbd",),
-        sysctl={"vm.swappiness": "10"},
-        cloud_init={"enabled": False},
-    )
-    assert set(rendered(everything)) == {path for path, _, _ in RULES}
+    both = [
+        facts(
+            users=({"name": "ada", "sudo": True, "ssh_keys": (KEY,)},),
+            nfs={},
+            unattended_upgrades=True,
+            console_autologin="ada",
+            modules=("nbd",),
+            sysctl={"vm.swappiness": "10"},
+            cloud_init={"enabled": enabled},
+        )
+        for enabled in (True, False)
+    ]
+    assert {path for one in both for path in rendered(one)} == {path for path, _, _ in RULES}
 
 
 def test_modes() -> None:
