@@ -191,7 +191,9 @@ def disk_words(index: int, disk: Disk) -> list[str]:
     if disk.bus == "nvme":
         return [*words, "-device", f"nvme,drive=disk{index},serial=recvirt{index}{suffix}"]
     words += ["-device", f"{_CONTROLLERS[disk.bus]},id=ctl{index}"]
-    device = "ide-hd" if disk.bus == "ahci" else "scsi-hd"
+    # QEMU's SATA disk can't be read-only; first-boot data come on a CD-ROM there, as clouds attach them.
+    sata = "ide-cd" if disk.read_only else "ide-hd"
+    device = sata if disk.bus == "ahci" else "scsi-hd"
     return [*words, "-device", f"{device},bus=ctl{index}.0,drive=disk{index}{suffix}"]
 
 

@@ -72,6 +72,12 @@ def test_a_read_only_disk_is_never_opened_for_writing() -> None:
     assert "readonly" not in disk_words(0, Disk(Path("/x.qcow2")))[1]
 
 
+def test_a_read_only_sata_disk_is_a_cd_rom() -> None:
+    """QEMU refuses a read-only ide-hd."""
+    assert any(word.startswith("ide-cd,") for word in disk_words(0, Disk(Path("/s"), "raw", "ahci", read_only=True)))
+    assert any(word.startswith("ide-hd,") for word in disk_words(0, Disk(Path("/s"), bus="ahci")))
+
+
 def test_a_comma_in_a_path_does_not_become_an_option() -> None:
     assert "file=/odd,,readonly=on/x.img" in disk_words(0, Disk(Path("/odd,readonly=on/x.img")))[1]
 
