@@ -67,9 +67,11 @@ def cloud_config(acceptance: Acceptance, name: str, files: tuple[tuple[str, str]
 def machine(acceptance: Acceptance, overlay: Path, seed: Path, template: MachineSpec) -> MachineSpec:
     """``template`` with the disks, the accelerator and the size that this run wants."""
     system = template.disks[0] if template.disks else Disk(overlay)
+    # On SATA a read-only disk is a CD-ROM, and of a CD-ROM's sectors FAT can make nothing.
+    seed_bus = "virtio-blk" if system.bus == "ahci" else system.bus
     disks = (
         replace(system, path=overlay, format="qcow2", bootable=True, backing=(acceptance.image,)),
-        Disk(seed, "raw", bus=system.bus, read_only=True),
+        Disk(seed, "raw", bus=seed_bus, read_only=True),
         *template.disks[1:],
     )
     nics = template.nics
