@@ -24,8 +24,8 @@ from recvirt.sandbox import ToolsRoot
 
 OURS, STOCK = "default", "debian-kernel"
 _LIMIT = 0.6
-TIMEOUT_SECONDS = 3600.0
-MARK = "recvirt-bench"
+_TIMEOUT_SECONDS = 3600.0
+_MARK = "recvirt-bench"
 _TICK_NS = 10_000_000  # USER_HZ is 100 on x86 (proc_stat(5))
 #: Instructions repeat, so that one nanosecond is one of them; no sleeping while idle; no hardware randomness.
 _ICOUNT = ("-icount", "shift=0,sleep=off,align=off", "-rtc", "clock=vm")
@@ -69,10 +69,10 @@ class Boot:
         return self.multi_user_ns - self.idle_ns
 
 
-def credentials(unit: str = REPORT_UNIT) -> dict[str, bytes]:
+def credentials() -> dict[str, bytes]:
     """What makes PID 1 run the report (systemd-debug-generator(8), systemd.system-credentials(7))."""
     return {
-        "systemd.extra-unit.recvirt-bench.service": unit.replace("@MARK@", MARK).encode(),
+        "systemd.extra-unit.recvirt-bench.service": REPORT_UNIT.replace("@MARK@", _MARK).encode(),
         "systemd.unit-dropin.multi-user.target": WANTS_DROPIN.encode(),
     }
 
@@ -116,18 +116,18 @@ def boot_once(tools: ToolsRoot, image: Path, overlay: Path, *, icount: bool, log
     started = time.monotonic()
 
     def on_line(line: str) -> None:
-        if line.strip() == f"{MARK} here":
+        if line.strip() == f"{_MARK} here":
             here.append(time.monotonic() - started)
         lines.append(line.strip())
 
     tools.run(
         boot_argv(machine(overlay, image, icount=icount), icount=icount),
         writable=[folder], readable=[image], network=True, cwd=folder, log_path=log_path, on_line=on_line,
-        timeout_seconds=TIMEOUT_SECONDS, hint=f"the console: {folder / 'console.log'}",
+        timeout_seconds=_TIMEOUT_SECONDS, hint=f"the console: {folder / 'console.log'}",
     )  # fmt: skip
     if not here:
         raise GuestError(f"{image} powered off without a report", hint=f"the console's log: {folder / 'console.log'}")
-    return parse_report(lines[lines.index(f"{MARK} here") :], here[0])
+    return parse_report(lines[lines.index(f"{_MARK} here") :], here[0])
 
 
 def boots(site: Site, profile: str, number: int, *, icount: bool) -> list[Boot]:

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import boot, builds, launched, publishing, sizes
+from benchmarks import boot, builds, publishing, sizes
 from benchmarks.results import Result, Row, insert, markdown
 from benchmarks.workplace import CHECKOUT, Site
 from recvirt.cli import default_cache_dir
@@ -53,7 +53,6 @@ BENCHMARKS: dict[str, Callable[[Site], Result]] = {
     "incremental": builds.incremental,
     "boot": boot.benchmark,
     "l2": l2_exits,
-    "launched": launched.benchmark,
     "sizes": sizes.benchmark,
     "publish": publishing.benchmark,
 }

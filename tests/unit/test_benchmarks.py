@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from xml.etree import ElementTree as ET
 
 import pytest
 
-from benchmarks import boot, builds, launched, measure, mkosi, results, run, sizes
+from benchmarks import boot, builds, measure, mkosi, results, run, sizes
 from benchmarks.measure import Sample, Series, Subject
 from benchmarks.results import BEGIN, END, Result, Row
 from benchmarks.workplace import Site
@@ -284,53 +282,6 @@ def test_the_report_has_a_serial_port_of_its_own() -> None:
     assert "After=multi-user.target" in unit
     assert "@" not in unit
     assert b"recvirt-bench.service" in boot.credentials()["systemd.unit-dropin.multi-user.target"]
-
-
-# -- a launched L2 -----------------------------------------------------------------------------------------------------
-
-
-def test_the_job_has_the_domain_that_a_worker_would_define() -> None:
-    with tarfile.open(fileobj=io.BytesIO(launched.job_tar(b"qcow2"))) as archive:
-        files = {name: archive.extractfile(name).read() for name in archive.getnames()}  # type: ignore[union-attr]
-    job = json.loads(files["job.json"])
-    assert ET.fromstring(files["domain.xml"]).findtext("name") == job["domain"]
-    assert ET.fromstring(files["domain.xml"]).get("type") == "kvm"
-    paths = {source.get("file") for source in ET.fromstring(files["domain.xml"]).iter("source") if source.get("file")}
-    # Both boot the same files.
-    assert paths == set(job["files"].values())
-    assert all(any(path in word for word in job["hand"]) for path in paths)
-    assert ET.fromstring(files["network.xml"]).find("bridge").get("name") == job["bridge"]  # type: ignore[union-attr]
-    assert ET.fromstring(files["domain.xml"]).find(".//serial/log").get("file") == job["log"]  # type: ignore[union-attr]
-    assert files["disk.qcow2"] == b"qcow2"
-    assert set(job["files"]) <= set(files)
-
-
-def test_the_job_is_the_second_disk_of_a_counted_machine() -> None:
-    spec = launched.machine(Path("/o.qcow2"), Path("/i.qcow2"), Path("/job.tar"))
-    assert [disk.path for disk in spec.disks] == [Path("/o.qcow2"), Path("/job.tar")]
-    assert spec.disks[1].read_only
-    unit = spec.credentials["systemd.extra-unit.recvirt-bench.service"].decode()
-    assert "tar -xf /dev/vdb" in unit
-    assert "@" not in unit
-    assert "-icount" in boot.boot_argv(spec, icount=True)
-
-
-def _line(how: str, instructions: int, exits: int) -> str:
-    return json.dumps({"how": how, "boot": 0, "instructions": instructions, "exits": exits})
-
-
-def test_boots_of_an_l2_become_medians() -> None:
-    lines = ["noise", *(_line("launched", n, 100) for n in (9, 1000, 1200)), _line("by-hand", 2000, 100)]
-    rows = launched.result(launched.parse([*lines, "recvirt-bench status 0"])).rows
-    assert [row.relation for row in rows] == ["50.0 %", "100.0 %", "50.0 %"]
-    assert all(row.met for row in rows)
-    slow = launched.parse([_line("launched", 106, 1), _line("by-hand", 100, 1), "recvirt-bench status 0"])
-    assert [row.met for row in launched.result(slow).rows] == [False, True, False]
-
-
-def test_a_job_that_did_not_end_well_gives_no_figures() -> None:
-    with pytest.raises(GuestError, match="no login prompt"):
-        launched.parse([_line("launched", 1, 1), "no login prompt in x", "recvirt-bench status 1"])
 
 
 # -- sizes, the table, the command line --------------------------------------------------------------------------------
