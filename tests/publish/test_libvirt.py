@@ -116,11 +116,12 @@ def test_pruning_keeps_what_an_overlay_lies_on(place: Place, uri: str, pool: Pat
     assert {path.name for path in pool.iterdir()} == {volumes[0], volumes[2], "vm.qcow2", "somebodys.qcow2"}
 
 
-def test_the_recipes_domain_can_be_defined(place: Place, uri: str, pool: Path, image: Path) -> None:
+def test_the_recipes_domain_fits_libvirts_schema(place: Place, uri: str, pool: Path, image: Path) -> None:
     (done,) = place.publish("libvirt", image, settings(uri))
     schema = shutil.which("virt-xml-validate")
-    if schema and shutil.which("xmllint"):
-        subprocess.run([schema, Path(done["recipe"]) / "domain.xml", "domain"], check=True)
+    assert schema, "libvirt-clients is needed"
+    assert shutil.which("xmllint"), "libxml2-utils is needed"
+    subprocess.run([schema, Path(done["recipe"]) / "domain.xml", "domain"], check=True)
     subprocess.run(["sh", "-n", Path(done["recipe"]) / "launch.sh"], check=True)
 
 
