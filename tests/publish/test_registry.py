@@ -176,3 +176,21 @@ def test_another_client_pulls_it(place: Place, image: Path, host: str, tmp_path:
     subprocess.run(["tar", "xf", layer, "-C", tmp_path], check=True)
     (disk,) = (tmp_path / "disk").iterdir()
     assert disk.read_bytes() == image.read_bytes()
+
+
+@pytest.mark.slow
+def test_oras_pulls_it_under_its_name_and_its_disk_is_the_image(
+    place: Place, image: Path, host: str, tmp_path: Path
+) -> None:
+    client_module = pytest.importorskip("oras.client", reason="wants oras (pip install 'recvirt[dev]')")
+    (done,) = place.publish("oci-registry", image, settings(host))
+    client = client_module.OrasClient(insecure=True)
+    for reference in (done["ids"]["reference"], done["ids"]["tag"]):
+        (pulled,) = client.pull(target=reference, outdir=str(tmp_path / "pulled"), overwrite=True)
+        layer = Path(pulled)
+        assert layer.name == f"{done['ids']['tag'].rpartition(':')[2]}.tar"
+        subprocess.run(["tar", "xf", layer, "-C", tmp_path], check=True)
+        (disk,) = (tmp_path / "disk").iterdir()
+        assert hashlib.sha256(disk.read_bytes()).hexdigest() == hashlib.sha256(image.read_bytes()).hexdigest()
+        disk.unlink()
+        layer.unlink()

@@ -29,6 +29,7 @@ _BLOCK = 512
 _CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
 _LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar"
 _ANNOTATION = "io.recvirt."
+_TITLE = "org.opencontainers.image.title"
 
 
 class OciConfig(TargetConfig):
@@ -127,14 +128,20 @@ class OciRegistry(Provider):
         words = {name.removeprefix(TAG).lstrip("-") or "kind": value for name, value in self.job.tags().items()}
         annotations = {_ANNOTATION + word: value for word, value in words.items()}
         annotations["org.opencontainers.image.created"] = image.created
-        annotations["org.opencontainers.image.title"] = image.name
+        annotations[_TITLE] = image.name
         data = {
             "schemaVersion": 2,
             "mediaType": MANIFEST_TYPE,
             "config": {
                 "mediaType": _CONFIG_TYPE, "digest": _digest(self.config_blob), "size": len(self.config_blob),
             },
-            "layers": [{"mediaType": _LAYER_TYPE, "digest": self.layer.digest, "size": self.layer.size}],
+            "layers": [
+                {
+                    "mediaType": _LAYER_TYPE, "digest": self.layer.digest, "size": self.layer.size,
+                    # oras(1) leaves out what has no file name.
+                    "annotations": {_TITLE: f"{image.name}.tar"},
+                }
+            ],
             "annotations": annotations,
         }  # fmt: skip
         return json.dumps(data, sort_keys=True).encode()
@@ -235,7 +242,7 @@ class OciRegistry(Provider):
                 continue
             digest = manifest[1] or _digest(manifest[0])
             found[digest] = Remote(
-                digest, said["org.opencontainers.image.title"], said[_ANNOTATION + TAG_DIGEST.removeprefix("recvirt-")],
+                digest, said[_TITLE], said[_ANNOTATION + TAG_DIGEST.removeprefix("recvirt-")],
                 said[_ANNOTATION + TAG_PROFILE.removeprefix("recvirt-")],
                 datetime.fromisoformat(said["org.opencontainers.image.created"]),
             )  # fmt: skip
