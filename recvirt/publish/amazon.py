@@ -6,6 +6,7 @@ import base64
 import hashlib
 import time
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from recvirt.errors import ConfigError, PublishError
@@ -40,22 +41,25 @@ class Amazon:
         self._workers = workers
         self._clients: dict[tuple[str, str | None], Any] = {}
 
+    @cached_property
+    def _session(self) -> Any:
+        """One for all clients: it reads its descriptions of the services once."""
+        return _sdk().session.Session()
+
     def client(self, service: str, region: str | None) -> Any:
         """A client. ConfigError without a region, DeniedError without credentials (when it is used)."""
         key = (service, region)
         if key not in self._clients:
-            try:
-                import boto3
-                from botocore.config import Config
-                from botocore.exceptions import BotoCoreError
-            except ImportError:
-                raise MissingSdkError("boto3", "aws") from None
+            _sdk()
+            from botocore.config import Config
+            from botocore.exceptions import BotoCoreError
+
             config = Config(
                 connect_timeout=_CONNECT_SECONDS, read_timeout=self._timeout, retries={"total_max_attempts": 1},
                 max_pool_connections=self._workers + 2, user_agent_extra="recvirt",
             )  # fmt: skip
             try:
-                self._clients[key] = boto3.session.Session().client(
+                self._clients[key] = self._session.client(
                     service, region_name=region, endpoint_url=self._endpoint, config=config
                 )
             except BotoCoreError as error:
@@ -93,6 +97,15 @@ class Amazon:
             if not token:
                 return found
             arguments["NextToken"] = token
+
+
+def _sdk() -> Any:
+    """Its library, imported when it is wanted. MissingSdkError without it."""
+    try:
+        import boto3
+    except ImportError:
+        raise MissingSdkError("boto3", "aws") from None
+    return boto3
 
 
 def refusal(what: str, response: dict[str, Any], *, settling: bool = False) -> PublishError:

@@ -11,6 +11,8 @@ from recvirt.disk.sparse import data_ranges
 from recvirt.errors import VerificationError
 from recvirt.imagefile.container import Container
 
+#: A block is looked through in such pieces: most have something else than zeros in the first.
+_LOOK_BYTES = 64 * 1024
 #: Formats whose disk can be read as it lies there.
 READABLE = ("raw", "vhd", "qcow2")
 
@@ -85,5 +87,12 @@ def candidate_blocks(disk: DiskReader, block_bytes: int) -> Iterator[int]:
 
 
 def data_blocks(disk: DiskReader, block_bytes: int) -> list[int]:
-    """The numbers of the blocks that hold something else than zeros."""
-    return [n for n in candidate_blocks(disk, block_bytes) if not is_zero(disk.read(n * block_bytes, block_bytes))]
+    """The numbers of the blocks that hold something else than zeros. Of most no more than the beginning is read."""
+    return [number for number in candidate_blocks(disk, block_bytes) if _holds_something(disk, number, block_bytes)]
+
+
+def _holds_something(disk: DiskReader, number: int, block_bytes: int) -> bool:
+    start, end = number * block_bytes, min((number + 1) * block_bytes, disk.size)
+    return any(
+        not is_zero(disk.read(place, min(_LOOK_BYTES, end - place))) for place in range(start, end, _LOOK_BYTES)
+    )

@@ -62,6 +62,8 @@ def line(upstream: str, policy: Policy = lambda _m, _p, _n: "") -> Iterator[Line
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        # Head and body go out one after the other: the client's delayed acknowledgement would hold up each answer.
+        disable_nagle_algorithm = True
 
         def __getattr__(self, name: str) -> Any:
             if name.startswith("do_"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,26 @@ def test_written_zeros_are_not_data(tmp_path: Path) -> None:
     raw.write_bytes(bytes(2 * MIB) + b"x" + bytes(2 * MIB - 1))
     assert data_blocks(RawReader(raw, 4 * MIB), MIB) == [2]
     assert list(candidate_blocks(RawReader(raw, 4 * MIB), MIB)) == [0, 1, 2, 3]
+
+
+def test_of_a_full_disk_only_the_beginnings_of_blocks_are_read() -> None:
+    class Disk:
+        size, asked = 8 * MIB, 0
+
+        def extents(self) -> Iterator[tuple[int, int]]:
+            yield 0, self.size
+
+        def read(self, offset: int, length: int) -> bytes:
+            self.asked += length
+            # The last block holds something in its last byte alone; the disk ends within it.
+            return bytes(length - 1) + b"x" if offset + length == self.size or offset < 6 * MIB else bytes(length)
+
+        def close(self) -> None:
+            pass
+
+    disk = Disk()
+    assert data_blocks(disk, 3 * MIB) == [0, 1, 2]
+    assert disk.asked <= 2 * MIB + 3 * 65_536
 
 
 def test_a_vhd_is_read_without_its_footer(tmp_path: Path) -> None:
