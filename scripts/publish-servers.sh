@@ -14,7 +14,7 @@ say() { printf '%s\n' "$*" >&2; }
 die() { say "publish-servers: $*"; exit 4; }
 
 missing=
-for pair in docker-registry:docker-registry rclone:rclone qemu-img:qemu-utils virsh:libvirt-clients \
+for pair in docker-registry:docker-registry rclone:rclone apache2:apache2-bin qemu-img:qemu-utils virsh:libvirt-clients \
     libvirtd:libvirt-daemon-system skopeo:skopeo npm:npm virt-index-validate:guestfs-tools xmllint:libxml2-utils; do
     command -v "${pair%%:*}" >/dev/null 2>&1 || missing="$missing ${pair#*:}"
 done

@@ -64,7 +64,7 @@ class S3Tree(Tree):
             ChecksumSHA256=checksum(data),
         )  # fmt: skip
 
-    def put(self, name: str, source: Path, sha256: str, progress: Progress) -> None:
+    def put(self, name: str, source: Path, sha256: str, progress: Progress) -> int:
         """See :class:`Tree`. The object appears when its last part has been joined."""
         size = source.stat().st_size
         part = max(_PART, -(-size // _PARTS_MAX))
@@ -82,7 +82,10 @@ class S3Tree(Tree):
                 journal.done(number, f"{answer['ETag']} {digest}")
                 progress.add(len(data))
 
-            send_all([n for n in numbers if n not in journal.parts], send, self._job.workers)
+            left = [number for number in numbers if number not in journal.parts]
+            first = sum(min(part, size - (number - 1) * part) for number in numbers if number not in left)
+            progress.restart(first)
+            send_all(left, send, self._job.workers)
             parts = []
             for number in numbers:
                 etag, _, digest = journal.parts[number].rpartition(" ")
@@ -92,6 +95,7 @@ class S3Tree(Tree):
                 MultipartUpload={"Parts": parts},
             )  # fmt: skip
             journal.forget()
+        return size - first
 
     def _upload(self, name: str, sha256: str, journal: Any) -> str:
         """The upload that an earlier run began, if the service still knows it; else a new one."""

@@ -40,11 +40,11 @@ class Progress:
                 del self._marks[0]
             reporter.progress(f"{self._name} ({self.pace()})", self.sent, self._total, "bytes")
 
-    def restart(self) -> None:
-        """What was sent is sent again: another try of a body that can't be gone on with."""
+    def restart(self, sent: int = 0) -> None:
+        """So much is there, and the rest is sent, perhaps again: another try of a body, or another run's upload."""
         with self._lock:
-            self.sent = 0
-            self._marks = [(self._clock(), 0)]
+            self.sent = sent
+            self._marks = [(self._clock(), sent)]
 
     def pace(self) -> str:
         """Rate and time left, for people."""
@@ -83,20 +83,26 @@ def send_all(parts: Iterable[int], send: Callable[[int], None], workers: int) ->
 
 
 class FileBody:
-    """A file as a request's body, with progress. Knows its length; each try opens a fresh one."""
+    """A file, or ``length`` bytes of it from ``start`` on, as a request's body, with progress.
 
-    def __init__(self, path: Path, progress: Progress) -> None:
+    Knows its length; each try opens a fresh one.
+    """
+
+    def __init__(self, path: Path, progress: Progress, start: int = 0, length: int | None = None) -> None:
         self._stream = path.open("rb")
-        self._length = path.stat().st_size
+        self._stream.seek(start)
+        self._length = path.stat().st_size - start if length is None else length
+        self._left = self._length
         self._progress = progress
-        progress.restart()
+        progress.restart(start)
 
     def __len__(self) -> int:
         return self._length
 
     def read(self, size: int = -1) -> bytes:
         """At most ``size`` bytes."""
-        data = self._stream.read(size)
+        data = self._stream.read(self._left if size < 0 else min(size, self._left))
+        self._left -= len(data)
         if data:
             self._progress.add(len(data))
         else:

@@ -11,6 +11,7 @@ import urllib.parse
 import xml.etree.ElementTree as ET
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 from recvirt.disk.sparse import copy_sparse
@@ -23,6 +24,10 @@ from recvirt.store import check_room, remove_tree
 SMALL_BYTES = 16 << 20
 _CHUNK = 1 << 20
 _PART = ".part"
+#: What is sent at once where an upload can be gone on with.
+_PIECE_BYTES = 16 << 20
+#: In the header DAV of Apache's mod_dav_fs.
+_APACHE = "<http://apache.org/dav/propset/fs/1>"
 
 
 class Tree(ABC):
@@ -41,8 +46,8 @@ class Tree(ABC):
         """Make a small file hold ``data``, in one step."""
 
     @abstractmethod
-    def put(self, name: str, source: Path, sha256: str, progress: Progress) -> None:
-        """Make a file the copy of ``source``, in one step."""
+    def put(self, name: str, source: Path, sha256: str, progress: Progress) -> int:
+        """Make a file the copy of ``source``, in one step. How many bytes were sent now: an earlier run's may count."""
 
     @abstractmethod
     def names(self, folder: str) -> list[str]:
@@ -86,15 +91,17 @@ class FolderTree(Tree):
         partial.write_bytes(data)
         self._settle(partial, path)
 
-    def put(self, name: str, source: Path, sha256: str, progress: Progress) -> None:
+    def put(self, name: str, source: Path, sha256: str, progress: Progress) -> int:
         """See :class:`Tree`. Holes stay holes."""
         del sha256
         path = self._made(name)
         partial = path.with_name(f".{path.name}{_PART}")
         check_room(path.parent, source.stat().st_blocks * 512)
         copy_sparse(source, partial)
-        progress.add(source.stat().st_size)
+        size = source.stat().st_size
+        progress.add(size)
         self._settle(partial, path)
+        return size
 
     def _made(self, name: str) -> Path:
         path = self._folder / name
@@ -131,7 +138,12 @@ class FolderTree(Tree):
 
 
 class WebDavTree(Tree):
-    """A collection of a WebDAV server (RFC 4918). Uploads can't be gone on with: PUT has no offsets there."""
+    """A collection of a WebDAV server (RFC 4918).
+
+    A PUT with Content-Range is no part of HTTP that all take: RFC 9110 (14.5) lets servers refuse it, and some (as
+    golang's webdav) take the piece for the whole. So an upload is gone on with only where the server is known to do
+    it: Apache, which tells by a property set of its own. Whatever arrives, the reading back decides.
+    """
 
     def __init__(self, url: str, http: Http) -> None:
         self._url = url.rstrip("/")
@@ -175,13 +187,40 @@ class WebDavTree(Tree):
         self._http.call(f"write {name}", "PUT", part, ok=(200, 201, 204), body=data)
         self._settle(name)
 
-    def put(self, name: str, source: Path, sha256: str, progress: Progress) -> None:
+    def put(self, name: str, source: Path, sha256: str, progress: Progress) -> int:
         """See :class:`Tree`."""
         del sha256
         self._folders(name)
-        part = self._at(name) + _PART
-        self._http.call(f"send {name}", "PUT", part, ok=(200, 201, 204), body=lambda: FileBody(source, progress))
+        total, first = source.stat().st_size, 0
+        if self._takes_pieces and total:
+            first = self._sent_before(name, total)
+            for start in range(first, total, _PIECE_BYTES):
+                self._put_piece(name, source, progress, start, min(start + _PIECE_BYTES, total))
+        else:
+            part = self._at(name) + _PART
+            self._http.call(f"send {name}", "PUT", part, ok=(200, 201, 204), body=lambda: FileBody(source, progress))
         self._settle(name)
+        return total - first
+
+    @cached_property
+    def _takes_pieces(self) -> bool:
+        answer = self._http.call("ask what the server can do", "OPTIONS", f"{self._url}/", ok=(200, 204))
+        return _APACHE in answer.headers.get("DAV", "")
+
+    def _sent_before(self, name: str, total: int) -> int:
+        """How much of it a killed run has left. A longer one is somebody else's doing, and goes."""
+        there = self.size(name + _PART) or 0
+        if there <= total:
+            return there
+        self.remove(name + _PART)
+        return 0
+
+    def _put_piece(self, name: str, source: Path, progress: Progress, start: int, end: int) -> None:
+        self._http.call(
+            f"send {name}", "PUT", self._at(name) + _PART, ok=(200, 201, 204),
+            headers={"Content-Range": f"bytes {start}-{end - 1}/{source.stat().st_size}"},
+            body=lambda: FileBody(source, progress, start, end - start),
+        )  # fmt: skip
 
     def _settle(self, name: str) -> None:
         headers = {"Destination": self._at(name), "Overwrite": "T"}

@@ -141,6 +141,47 @@ def webdav(folder: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
+_APACHE = """ServerRoot {folder}
+ServerName 127.0.0.1
+Listen 127.0.0.1:{port}
+PidFile {folder}/pid
+ErrorLog {folder}/errors
+LoadModule mpm_event_module {modules}/mod_mpm_event.so
+LoadModule authn_core_module {modules}/mod_authn_core.so
+LoadModule authn_file_module {modules}/mod_authn_file.so
+LoadModule auth_basic_module {modules}/mod_auth_basic.so
+LoadModule authz_core_module {modules}/mod_authz_core.so
+LoadModule authz_user_module {modules}/mod_authz_user.so
+LoadModule dav_module {modules}/mod_dav.so
+LoadModule dav_fs_module {modules}/mod_dav_fs.so
+DavLockDB {folder}/locks
+DocumentRoot {folder}/files
+<Directory {folder}/files>
+    Dav On
+    AuthType Basic
+    AuthName files
+    AuthUserFile {folder}/htpasswd
+    Require valid-user
+</Directory>
+"""
+
+
+@contextmanager
+def apache(folder: Path) -> Iterator[str]:
+    """Apache's WebDAV (with a login: u, p); its address."""
+    port = free_port()
+    (folder / "files").mkdir(parents=True, exist_ok=True)
+    (folder / "htpasswd").write_text(_BCRYPT + "\n")
+    config = folder / "apache.conf"
+    config.write_text(_APACHE.format(folder=folder, port=port, modules="/usr/lib/apache2/modules"))
+    argv = [find("apache2") or "apache2", "-d", str(folder), "-f", str(config), "-X"]  # one process: a kill leaves none
+    if os.geteuid() == 0:
+        # It would give root up for a user who may not look into the tests' folders: so it is none from the start.
+        argv = ["unshare", "--user", "--map-user=33", "--map-group=33", "--", *argv]
+    with running(argv, folder, lambda: answers(f"http://127.0.0.1:{port}/")):
+        yield f"http://127.0.0.1:{port}"
+
+
 _GLANCE = """[DEFAULT]
 enabled_backends = files:file
 enabled_import_methods = [glance-direct]
@@ -225,6 +266,7 @@ WANTS = {
     "oci-registry": ("docker-registry",),
     "mirror": (),
     "webdav": ("rclone",),
+    "apache": ("apache2",),
     "libvirt": ("libvirtd", "virsh"),
 }
 

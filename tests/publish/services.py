@@ -158,8 +158,8 @@ def google(folder: Path) -> Iterator[Service]:
 
 
 @contextmanager
-def webdav(folder: Path) -> Iterator[Service]:
-    with servers.webdav(folder) as url, proxy.line(url) as line:
+def webdav(folder: Path, server: Callable[[Path], Any] = servers.webdav) -> Iterator[Service]:
+    with server(folder) as url, proxy.line(url) as line:
         files = folder / "files"
 
         def names() -> list[str]:
@@ -202,6 +202,7 @@ SERVICES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "azure": (azure, "azure", "vpc"),
     "gcp": (google, "gcp", "raw"),
     "webdav": (webdav, "webdav", "qcow2"),
+    "webdav-apache": (lambda folder: webdav(folder, servers.apache), "apache", "qcow2"),
     "s3": (s3, "aws", "qcow2"),
 }
 

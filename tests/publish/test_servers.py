@@ -157,6 +157,33 @@ def test_killed_at_several_points_the_next_run_ends_the_same(service: Service, p
     assert (again["sent_bytes"], again["ids"]) == (0, done["ids"])
 
 
+@pytest.mark.parametrize("kind", ["webdav-apache", "s3"])
+def test_an_upload_that_was_cut_goes_on_where_it_was(
+    kind: str, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, wants, _ = SERVICES[kind]
+    if servers.why_not(wants):
+        pytest.skip(servers.why_not(wants))
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("recvirt.publish.trees._PIECE_BYTES", 4 << 20)
+    image = make_image(tmp_path / "larger", size=96 << 20, pieces=24, seed=7)
+    with make(tmp_path / "server") as service:
+        service.kind = SERVICES[kind][2]
+
+        def dead_after_a_part(method: str, path: str, _number: int) -> str:
+            large = [r for r in service.line.requests if r[2] >= 4 << 20 and r[3] == ""]
+            return "503" if method == "PUT" and large and ("qcow2" in path) else ""
+
+        service.line.policy = dead_after_a_part
+        with pytest.raises(PublishError, match="given up after"):
+            place.publish(service.target, image, service.settings, "--workers", "1")
+        service.line.policy = lambda _m, _p, _n: ""
+        (done,) = place.publish(service.target, image, service.settings)
+        assert image.stat().st_size - (9 << 20) < done["sent_bytes"] <= image.stat().st_size - (4 << 20)
+        holds_the_image(service, image, place.folder / "back")
+
+
 def test_two_runs_at_once_make_one(service: Service, place: Place, image: Path) -> None:
     both = [start(service, place, image) for _ in range(2)]
     said = [json.loads(process.communicate()[0])[0] for process in both]

@@ -124,8 +124,7 @@ class Mirror(Provider):
         there = self.tree.size(self._file("")) == image.file_bytes and self._read_back() == image.sha256
         if found is None and not there:
             progress = Progress(f"send {indexes.file_name(image)}", image.file_bytes)
-            self.tree.put(self._file(""), image.path, image.sha256, progress)
-            sent, there = image.file_bytes, False
+            sent, there = self.tree.put(self._file(""), image.path, image.sha256, progress), False
         digest = image.sha256 if there else self._read_back()
         if digest != image.sha256:
             raise VerificationError(
