@@ -99,6 +99,23 @@ def test_killed_in_the_middle_the_next_run_ends_right(place: Place, uri: str, po
     assert len(list(pool.iterdir())) == 1
 
 
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_what_a_killed_run_left_is_gone_on_with(
+    place: Place, uri: str, pool: Path, tmp_path: Path, spoilt: bool
+) -> None:
+    image = make_image(tmp_path / "larger", size=96 << 20, pieces=24, seed=7)
+    content, left = image.read_bytes(), 9_000_000
+    volume = f"{place.provider('libvirt', image, settings(uri)).job.image.name}.qcow2"
+    start = b"spoilt" + content[6:left] if spoilt else content[:left]
+    (pool / volume).write_bytes(start)
+    virsh(uri, "pool-refresh", "images")
+    assert place.plan("libvirt", image, settings(uri))["bytes"] == len(content) - (8 << 20)
+    (done,) = place.publish("libvirt", image, settings(uri))
+    assert (pool / volume).read_bytes() == content
+    # Another content than the image's is found by the reading back, and all is sent anew.
+    assert done["sent_bytes"] == len(content) - (8 << 20) + (len(content) if spoilt else 0)
+
+
 def test_pruning_keeps_what_an_overlay_lies_on(place: Place, uri: str, pool: Path, tmp_path: Path) -> None:
     volumes = []
     for seed in (1, 2, 3):
@@ -123,6 +140,13 @@ def test_the_recipes_domain_fits_libvirts_schema(place: Place, uri: str, pool: P
     assert shutil.which("xmllint"), "libxml2-utils is needed"
     subprocess.run([schema, Path(done["recipe"]) / "domain.xml", "domain"], check=True)
     subprocess.run(["sh", "-n", Path(done["recipe"]) / "launch.sh"], check=True)
+
+
+def test_an_upload_that_libvirt_refuses_is_told(place: Place, uri: str, pool: Path, image: Path) -> None:
+    provider = place.provider("libvirt", image, settings(uri))
+    assert pool.exists()
+    with pytest.raises(PublishError, match="Storage volume not found"):
+        provider._go_on(0)  # type: ignore[attr-defined]
 
 
 def test_libvirts_own_words_are_told(place: Place, uri: str, pool: Path, image: Path) -> None:

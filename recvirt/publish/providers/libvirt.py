@@ -5,10 +5,14 @@ A volume has no tags: its name carries the digest, and its content is read back.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
+import subprocess
 import threading
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,10 +23,14 @@ from recvirt.publish.plan import Step
 from recvirt.publish.provider import Job, Provider, Published, Remote, TargetConfig, Word
 from recvirt.publish.transfer import Progress
 from recvirt.run import run, start, stop
+from recvirt.ui import format_bytes, reporter
 
 _NAME = re.compile(r"^recvirt-(?P<profile>.+)-(?P<digest>[0-9a-f]{12})\.(qcow2|raw)$")
 #: What moves a whole image may take this much longer than one answer.
 _TRANSFER_FACTOR = 120
+_STEP = 1 << 20
+#: No header of a new qcow2 is longer: its tables for 64 TiB take 1 MiB.
+_HEADER_MAX = 4 << 20
 _LATER = "is libvirtd running there, and may you use it? virsh -c URI pool-list tells"
 
 
@@ -83,14 +91,19 @@ class Libvirt(Provider):
         what = f"volume {self._volume} in pool {self.config.pool}"
         if self._is_as_long():
             return (Step("exists", what),)
-        return (Step("upload", what, self.job.image.file_bytes, note="as it is"),)
+        there = self._left_behind()
+        note = f"as it is, from {format_bytes(there)} on" if there else "as it is"
+        return (Step("upload", what, self.job.image.file_bytes - there, note=note),)
 
     def publish(self) -> Published:
         """See :class:`Provider`."""
         image, sent = self.job.image, 0
         if not (self._is_as_long() and self._read_back() == image.sha256):
-            sent = image.file_bytes
-            self._send()
+            there = self._left_behind()
+            sent = self._go_on(there) if there else self._send()
+            if there and self._read_back() != image.sha256:
+                reporter.info(f"what was there of {self._volume} is not the image's; it is sent anew")
+                sent += self._send()
             if self._read_back() != image.sha256:
                 raise VerificationError(
                     f"the volume {self._volume} is not what was sent", hint="delete it (virsh vol-delete), try again"
@@ -99,35 +112,82 @@ class Libvirt(Provider):
         ids = {"pool": self.config.pool, "volume": self._volume, "path": path}
         return Published(ids, "read back, SHA-256 equal", locations=(self.config.uri,), sent_bytes=sent)
 
-    def _send(self) -> None:
+    def _left_behind(self) -> int:
+        """From where on a killed run's volume can be gone on with; 0: not at all.
+
+        A new qcow2 volume has a small header of libvirt's, which the first bytes replace. A raw one has its full length
+        from the start, and says nothing.
+        """
+        if self.job.image.format != "qcow2" or self._volume not in self._volumes():
+            return 0
+        length = int(self._described(self._volume).findtext("physical") or 0)
+        whole = length // _STEP * _STEP
+        return whole if whole > _HEADER_MAX and length < self.job.image.file_bytes else 0
+
+    def _send(self) -> int:
         image, pool = self.job.image, self.config.pool
         if self._volume in self._volumes():
-            # A killed run's; a longer file would keep its end.
+            # A killed run's, or a spoilt one; a longer file would keep its end.
             self._virsh("vol-delete", "--pool", pool, self._volume)
         size, kind = str(image.virtual_bytes), image.format
         self._virsh("vol-create-as", pool, self._volume, size, "--format", kind, "--allocation", "0")
-        words = ["vol-upload", "--pool", pool, self._volume, str(image.path)]
-        if image.format == "raw":
-            words.append("--sparse")
+        if kind == "qcow2":
+            return self._go_on(0)
+        words = ["vol-upload", "--pool", pool, self._volume, str(image.path), "--sparse"]
         self._virsh(*words, seconds=self.timeout * _TRANSFER_FACTOR)
         Progress(f"send {self._volume}", image.file_bytes).add(image.file_bytes)
         self._virsh("pool-refresh", pool)
+        return image.file_bytes
 
-    def _read_back(self) -> str:
-        words = ["vol-download", "--pool", self.config.pool, self._volume, "/dev/stdout"]
-        process = start(["virsh", "--quiet", "--connect", self.config.uri, *words], stderr=None)
+    def _go_on(self, offset: int) -> int:
+        """Send the file from ``offset`` on; how many bytes that were. virsh's own offset is the volume's alone."""
+        image, pool = self.job.image, self.config.pool
+        left = image.file_bytes - offset
+        progress = Progress(f"send {self._volume}", image.file_bytes)
+        progress.restart(offset)
+        words = ["vol-upload", "--pool", pool, self._volume, "/dev/stdin", "--offset", str(offset)]
+        process = self._started([*words, "--length", str(left)], stdin=subprocess.PIPE)
+        with self._limited(process), image.path.open("rb") as stream:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            stream.seek(offset)
+            with contextlib.suppress(BrokenPipeError):  # its last words tell why
+                while data := stream.read(_STEP):
+                    process.stdin.write(data)
+                    progress.add(len(data))
+                process.stdin.close()
+            said = process.stdout.read().decode(errors="replace").strip().removeprefix("error: ")
+            if process.wait() != 0:
+                raise PublishError(f"libvirt at {self.config.uri}: {said or 'no answer in time'}", hint=_LATER)
+        self._virsh("pool-refresh", pool)
+        return left
+
+    def _started(
+        self, words: list[str], *, stdin: int = subprocess.DEVNULL, stderr: int | None = subprocess.STDOUT
+    ) -> subprocess.Popen[bytes]:
+        return start(["virsh", "--quiet", "--connect", self.config.uri, *words], stdin=stdin, stderr=stderr)
+
+    @contextmanager
+    def _limited(self, process: subprocess.Popen[bytes]) -> Iterator[None]:
+        """Ends a transfer that takes too long, and whatever is left of it."""
         timer = threading.Timer(self.timeout * _TRANSFER_FACTOR, stop, (process,))
-        digest = hashlib.sha256()
         try:
             timer.start()
-            assert process.stdout is not None
-            while data := process.stdout.read(1 << 20):
-                digest.update(data)
-            if process.wait() != 0:
-                raise PublishError(f"the volume {self._volume} can't be read back", hint=_LATER)
+            yield
         finally:
             timer.cancel()
             stop(process)
+
+    def _read_back(self) -> str:
+        words = ["vol-download", "--pool", self.config.pool, self._volume, "/dev/stdout"]
+        process = self._started(words, stderr=None)
+        digest = hashlib.sha256()
+        with self._limited(process):
+            assert process.stdout is not None
+            while data := process.stdout.read(_STEP):
+                digest.update(data)
+            if process.wait() != 0:
+                raise PublishError(f"the volume {self._volume} can't be read back", hint=_LATER)
         return digest.hexdigest()
 
     # --- pruning
