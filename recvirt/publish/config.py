@@ -21,7 +21,7 @@ from recvirt.profile.check import as_tuples, fault_message
 from recvirt.profile.layers import read_override, shown_path
 from recvirt.profile.merge import merge
 from recvirt.profile.nodes import Node, Origin, read_file
-from recvirt.publish.provider import Provider, TargetConfig
+from recvirt.publish.provider import AnyProvider, TargetConfig
 from recvirt.publish.signing import Signing
 
 CONFIG_NAME = "publish.yaml"
@@ -46,10 +46,10 @@ PROVIDERS = {
 _TARGET = re.compile(r"^[a-z][a-z0-9-]{0,40}$")
 
 
-def provider_class(name: str) -> type[Provider]:
+def provider_class(name: str) -> type[AnyProvider]:
     """The class of a provider. Imports its module, not its libraries."""
     module, _, attribute = PROVIDERS[name].partition(":")
-    found: type[Provider] = getattr(
+    found: type[AnyProvider] = getattr(
         importlib.import_module(f"recvirt.publish.providers.{module}"), attribute or "PROVIDER"
     )
     return found
@@ -91,7 +91,7 @@ class Targets:
             }
         )
 
-    def load(self, target: str) -> tuple[type[Provider], TargetConfig] | None:
+    def load(self, target: str) -> tuple[type[AnyProvider], TargetConfig] | None:
         """The provider and checked configuration of a target, or None with :attr:`problems` longer."""
         node = self._root.value.get(target)
         said = node.value.get("provider") if node is not None and node.is_mapping else None

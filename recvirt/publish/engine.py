@@ -18,7 +18,7 @@ from recvirt.publish.budget import Budget
 from recvirt.publish.config import Targets
 from recvirt.publish.journal import target_lock
 from recvirt.publish.plan import Plan, Step, as_table
-from recvirt.publish.provider import Job, Provider, Remote
+from recvirt.publish.provider import AnyProvider, Job, Remote
 from recvirt.publish.receipt import Receipt, receipt_data, receipt_path, write_receipt
 from recvirt.publish.recipe import write_recipe
 from recvirt.publish.retire import choose
@@ -78,7 +78,7 @@ def judge(image: Path, options: Options) -> Source:
         return load_source(image, proof)
 
 
-def open_targets(names: Sequence[str], source: Source | None, options: Options) -> list[Provider]:
+def open_targets(names: Sequence[str], source: Source | None, options: Options) -> list[AnyProvider]:
     """The providers of all targets, each configuration checked. ConfigError with every fault of all of them."""
     targets = Targets(options.config, options.overrides)
     signer = Signer(targets.signing(), options.state_dir)
@@ -96,21 +96,21 @@ def open_targets(names: Sequence[str], source: Source | None, options: Options) 
     return providers
 
 
-def make_plans(providers: Sequence[Provider]) -> list[Plan]:
+def make_plans(providers: Sequence[AnyProvider]) -> list[Plan]:
     """The plans of all targets: static rules first, for all of them, then a look at what is there."""
     for provider in providers:
         provider.check()
     return [_with_retired(provider, provider.whole_plan()) for provider in providers]
 
 
-def _with_retired(provider: Provider, plan: Plan) -> Plan:
+def _with_retired(provider: AnyProvider, plan: Plan) -> Plan:
     steps = [Step("retire", remote.name, note="once the new one is there") for remote in to_retire(provider)]
     return replace(plan, steps=(*plan.steps, *steps))
 
 
-def to_retire(provider: Provider) -> list[Remote]:
+def to_retire(provider: AnyProvider) -> list[Remote]:
     """What ``keep`` lets go when the image is there: older ones of its profile, never the image itself."""
-    if provider.keep is None:
+    if provider.config.keep is None:
         return []
     image, now = provider.job.image, datetime.now(UTC)
     remotes = [remote for remote in provider.remotes() if remote.profile.partition("@")[0] == image.profile]
@@ -121,11 +121,11 @@ def to_retire(provider: Provider) -> list[Remote]:
     # Where it is not yet, it will be the newest.
     places = {remote.profile for remote in remotes} - {remote.profile for remote in remotes if is_it(remote)}
     coming = [Remote("", image.name, image.sha256, place, now) for place in places]
-    chosen = choose([*remotes, *coming], keep=provider.keep, older_than_days=provider.keep_days, now=now)
+    chosen = choose([*remotes, *coming], keep=provider.config.keep, older_than_days=provider.config.keep_days, now=now)
     return [remote for remote in chosen if not is_it(remote)]
 
 
-def publish(providers: Sequence[Provider], options: Options) -> list[Done]:
+def publish(providers: Sequence[AnyProvider], options: Options) -> list[Done]:
     """Publish to each target in turn. Raises the first failure when all have had theirs."""
     done: list[Done] = []
     failures: list[tuple[str, RecvirtError]] = []
@@ -148,7 +148,7 @@ def publish(providers: Sequence[Provider], options: Options) -> list[Done]:
     return done
 
 
-def _publish_one(provider: Provider, options: Options) -> Done:
+def _publish_one(provider: AnyProvider, options: Options) -> Done:
     job, image = provider.job, provider.job.image
     with target_lock(job.state_dir, job.target, image.sha256):
         job.signer.ready()
@@ -170,7 +170,7 @@ def _publish_one(provider: Provider, options: Options) -> Done:
 
 
 def prune(
-    provider: Provider, *, keep: int, older_than_days: float, dry_run: bool, now: datetime | None = None
+    provider: AnyProvider, *, keep: int, older_than_days: float, dry_run: bool, now: datetime | None = None
 ) -> list[Remote]:
     """Delete what :func:`recvirt.publish.retire.choose` says, oldest first; returns it."""
     chosen = choose(provider.remotes(), keep=keep, older_than_days=older_than_days, now=now or datetime.now(UTC))

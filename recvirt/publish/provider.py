@@ -11,14 +11,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, Field, StringConstraints
 
 from recvirt import __version__
 from recvirt.model import Model
 from recvirt.publish.budget import Budget
+from recvirt.publish.http import Http
 from recvirt.publish.journal import Journal
 from recvirt.publish.plan import Plan, Step
 from recvirt.publish.signing import Signer
@@ -116,20 +118,25 @@ class Remote:
     extra: Mapping[str, str] = field(default_factory=dict)
 
 
-class Provider(ABC):
-    """One target of a provider."""
+Config = TypeVar("Config", bound=TargetConfig)
+
+
+class Provider(ABC, Generic[Config]):
+    """One target of a provider, whose configuration is a ``Config``."""
 
     #: Its name in configurations; how its launch recipe's templates are called.
     name: ClassVar[str]
     config_model: ClassVar[type[TargetConfig]]
 
-    def __init__(self, config: TargetConfig, job: Job) -> None:
-        self.job = job
-        self.timeout = config.timeout
-        self.keep, self.keep_days = config.keep, config.keep_days
-        self.workers = job.workers
+    def __init__(self, config: Config, job: Job) -> None:
+        self.config, self.job = config, job
 
-    def check(self) -> None:  # noqa: B027 (not every provider has such rules)
+    @cached_property
+    def http(self) -> Http:
+        """A session for those that speak HTTP themselves."""
+        return Http(self.job.budget, timeout=self.config.timeout, workers=self.job.workers)
+
+    def check(self) -> None:
         """ConfigError or PublishError for what the provider would refuse later; without the network."""
 
     @abstractmethod
@@ -155,3 +162,7 @@ class Provider(ABC):
     def whole_plan(self) -> Plan:
         """The plan with its head."""
         return Plan(self.job.target, self.name, self.job.image.name, self.plan())
+
+
+#: A provider for those who don't look into its configuration.
+AnyProvider: TypeAlias = Provider[Any]

@@ -17,7 +17,7 @@ from xml.sax.saxutils import quoteattr
 import jinja2
 
 from recvirt.data import data_path
-from recvirt.publish.provider import Provider, Published
+from recvirt.publish.provider import AnyProvider, Published
 from recvirt.store import remove_tree
 
 #: Templates that every provider shares.
@@ -48,7 +48,7 @@ def environment(folder: Path) -> jinja2.Environment:
     return env
 
 
-def render(provider: Provider, published: Published) -> dict[str, str]:
+def render(provider: AnyProvider, published: Published) -> dict[str, str]:
     """The recipe's files by name."""
     folder = data_path("templates", "launch").joinpath(provider.name)
     env = environment(folder)
@@ -70,7 +70,7 @@ def render(provider: Provider, published: Published) -> dict[str, str]:
     return files
 
 
-def write_recipe(folder: Path, provider: Provider, published: Published) -> Path:
+def write_recipe(folder: Path, provider: AnyProvider, published: Published) -> Path:
     """Write the recipe; an older one of the same image is replaced."""
     files = render(provider, published)
     if folder.exists():

@@ -17,7 +17,7 @@ from recvirt.accept.results import CheckResult, ImageFacts, Report
 from recvirt.cli import cli
 from recvirt.publish.budget import Budget
 from recvirt.publish.engine import Options, judge, open_targets
-from recvirt.publish.provider import Job, Provider
+from recvirt.publish.provider import AnyProvider, Job
 from recvirt.publish.source import Source
 from recvirt.store import sha256_of
 
@@ -116,7 +116,7 @@ class Place:
         (plan,) = self.publish(target, image, settings, "--dry-run")
         return plan
 
-    def provider(self, target: str, image: Path | None, settings: Sequence[str], workers: int = 4) -> Provider:
+    def provider(self, target: str, image: Path | None, settings: Sequence[str], workers: int = 4) -> AnyProvider:
         """The provider itself, with a budget that does not wait."""
         options = Options(
             overrides=tuple(f"{target}.{setting}" for setting in settings), state_dir=self.folder / "state",

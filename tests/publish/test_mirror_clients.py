@@ -10,7 +10,7 @@ import shutil
 import ssl
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -210,13 +210,13 @@ def test_incus_does_not_talk_to_a_server_of_an_unknown_authority(incus: Incus, t
 
 
 def builder(
-    folder: Path, *words: str, source: str, check: bool = True, **environment: str
+    folder: Path, *words: str, source: str, check: bool = True, more: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """virt-builder(1) with our index alone and a cache of its own; index and images are not signed by gpg."""
     environment = {
-        **os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "XDG_CONFIG_HOME": str(folder / "none"),
+        **os.environ, **(more or {}), "XDG_CACHE_HOME": str(folder / "cache"), "XDG_CONFIG_HOME": str(folder / "none"),
         # Else it asks Debian's two repositories as well, and ends where they don't answer.
-        "VIRT_BUILDER_DIRS": str(folder / "none"), "LC_ALL": "C.UTF-8", **environment,
+        "VIRT_BUILDER_DIRS": str(folder / "none"), "LC_ALL": "C.UTF-8",
     }  # fmt: skip
     # The tests' own home is not there, and libguestfs wants this folder to be.
     environment["XDG_RUNTIME_DIR"] = str(folder)
@@ -238,14 +238,14 @@ def test_virt_builder_lists_and_fetches_the_image(
     with over_https(tree, authority) as url:
         source = f"{url}/index" if kind == "https" else f"{tree.as_uri()}/index"
         more = {"CURL_CA_BUNDLE": str(authority / "ca.pem")}
-        listed = json.loads(builder(tmp_path, "--list", "--list-format", "json", source=source, **more).stdout)
+        listed = json.loads(builder(tmp_path, "--list", "--list-format", "json", source=source, more=more).stdout)
         found = {item["os-version"]: item for item in listed["templates"]}
         assert set(found) == {name, "recvirt-default"}
         for item in found.values():
             assert (item["arch"], item["size"]) == ("x86_64", 48 << 20)
             assert int(item["compressed-size"]) == image.stat().st_size
-        assert "6.12.1-recvirt" in builder(tmp_path, "--notes", name, source=source, **more).stdout
-        builder(tmp_path, "--cache-all-templates", source=source, **more)
+        assert "6.12.1-recvirt" in builder(tmp_path, "--notes", name, source=source, more=more).stdout
+        builder(tmp_path, "--cache-all-templates", source=source, more=more)
     kept = {path.name.partition(".")[0]: path for path in (tmp_path / "cache/virt-builder").iterdir()}
     assert set(kept) == set(found)
     assert {digest(path) for path in kept.values()} == {digest(image)}
@@ -256,8 +256,8 @@ def test_virt_builder_takes_no_image_with_another_checksum(tree: Path, tmp_path:
     def build() -> str:
         # Without libguestfs's appliance (a VM) it ends after the checksum and the plan.
         words = ["recvirt-default", "--output", str(tmp_path / "own.qcow2"), "--format", "qcow2", "--no-cache"]
-        source = f"{tree.as_uri()}/index"
-        return builder(tmp_path, *words, source=source, check=False, LIBGUESTFS_PATH=str(tmp_path / "none")).stderr
+        source, no_vm = f"{tree.as_uri()}/index", {"LIBGUESTFS_PATH": str(tmp_path / "none")}
+        return builder(tmp_path, *words, source=source, check=False, more=no_vm).stderr
 
     good = build()
     assert "checksum" not in good

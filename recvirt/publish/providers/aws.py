@@ -47,16 +47,14 @@ class AwsConfig(TargetConfig):
     endpoint: WebAddress | None = Field(default=None, description="another service than Amazon's, for tests")
 
 
-class Aws(Provider):
+class Aws(Provider[AwsConfig]):
     """One account; a region and those that get copies."""
 
     name = "aws"
     config_model = AwsConfig
 
-    def __init__(self, config: TargetConfig, job: Job) -> None:
+    def __init__(self, config: AwsConfig, job: Job) -> None:
         super().__init__(config, job)
-        assert isinstance(config, AwsConfig)
-        self.config = config
         self._amazon = Amazon(job.budget, endpoint=config.endpoint, timeout=config.timeout, workers=job.workers)
 
     def check(self) -> None:

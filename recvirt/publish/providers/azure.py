@@ -13,7 +13,6 @@ from typing import Annotated, Any
 from pydantic import Field, StringConstraints, model_validator
 
 from recvirt.errors import ConfigError, PublishError
-from recvirt.publish.http import Http
 from recvirt.publish.pageblob import PageBlob, default_credential
 from recvirt.publish.plan import Step
 from recvirt.publish.provider import (
@@ -63,17 +62,14 @@ class AzureConfig(TargetConfig):
         return self
 
 
-class Azure(Provider):
+class Azure(Provider[AzureConfig]):
     """One container, and one gallery."""
 
     name = "azure"
     config_model = AzureConfig
 
-    def __init__(self, config: TargetConfig, job: Job) -> None:
+    def __init__(self, config: AzureConfig, job: Job) -> None:
         super().__init__(config, job)
-        assert isinstance(config, AzureConfig)
-        self.config = config
-        self._http = Http(job.budget, timeout=config.timeout, workers=self.workers)
         self._token: tuple[str, float] = ("", 0.0)
 
     def check(self) -> None:
@@ -107,7 +103,7 @@ class Azure(Provider):
         )
         headers = {"Authorization": f"Bearer {self._token[0]}"}
         url = f"{gallery}{path}?api-version={_API}"
-        return self._http.call(what, method, url, ok=ok, headers=headers, **more)
+        return self.http.call(what, method, url, ok=ok, headers=headers, **more)
 
     def _fresh_token(self) -> tuple[str, float]:
         from azure.core.exceptions import ClientAuthenticationError

@@ -12,13 +12,11 @@ from pydantic import Field
 
 from recvirt.errors import ConfigError, PublishError, VerificationError
 from recvirt.publish.errors import DeniedError
-from recvirt.publish.http import Http
 from recvirt.publish.plan import Step
 from recvirt.publish.provider import (
     TAG,
     TAG_DIGEST,
     TAG_PROFILE,
-    Job,
     Provider,
     Published,
     Remote,
@@ -39,17 +37,11 @@ class DigitalOceanConfig(TargetConfig):
     endpoint: WebAddress = Field(default="https://api.digitalocean.com", description="the API")
 
 
-class DigitalOcean(Provider):
+class DigitalOcean(Provider[DigitalOceanConfig]):
     """One account. The token comes from DIGITALOCEAN_TOKEN."""
 
     name = "digitalocean"
     config_model = DigitalOceanConfig
-
-    def __init__(self, config: TargetConfig, job: Job) -> None:
-        super().__init__(config, job)
-        assert isinstance(config, DigitalOceanConfig)
-        self.config = config
-        self._http = Http(job.budget, timeout=config.timeout, workers=self.workers)
 
     def check(self) -> None:
         """What DigitalOcean would refuse."""
@@ -69,7 +61,7 @@ class DigitalOcean(Provider):
         if token is None:
             raise DeniedError(f"{what}: there is no token", hint="set DIGITALOCEAN_TOKEN (docs/policies/README.md)")
         headers = {"Authorization": f"Bearer {token}"}
-        return self._http.call(what, method, f"{self.config.endpoint}/v2/{path}", ok=ok, headers=headers, **more)
+        return self.http.call(what, method, f"{self.config.endpoint}/v2/{path}", ok=ok, headers=headers, **more)
 
     def _images(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
@@ -89,7 +81,7 @@ class DigitalOcean(Provider):
     def _check_url(self) -> None:
         """Their fetcher asks HEAD first; and nobody can ask for the digest of what it took, so it is compared here."""
         image, url = self.job.image, self._url
-        answer = self._http.call("look at the URL", "HEAD", url, ok=(200,))
+        answer = self.http.call("look at the URL", "HEAD", url, ok=(200,))
         if int(answer.headers.get("Content-Length", -1)) != image.file_bytes:
             raise VerificationError(f"{url} has another length than the image", hint="publish it to the mirror first")
 
@@ -129,7 +121,7 @@ class DigitalOcean(Provider):
     def _compare_url(self) -> str:
         self._check_url()
         digest = hashlib.sha256()
-        answer = self._http.call("read the URL", "GET", self._url, ok=(200,), stream=True)
+        answer = self.http.call("read the URL", "GET", self._url, ok=(200,), stream=True)
         for data in answer.iter_content(1 << 20):
             digest.update(data)
         if digest.hexdigest() != self.job.image.sha256:

@@ -13,7 +13,6 @@ from pydantic import Field, StringConstraints
 
 from recvirt.errors import ConfigError, PublishError
 from recvirt.publish.cloudstorage import Bucket, Google, Upload, compare
-from recvirt.publish.http import Http
 from recvirt.publish.plan import Step
 from recvirt.publish.provider import (
     TAG,
@@ -55,18 +54,15 @@ class GcpConfig(TargetConfig):
     auth: Literal["default", "none"] = Field(default="default", description="`none`: for stand-ins")
 
 
-class Gcp(Provider):
+class Gcp(Provider[GcpConfig]):
     """One project."""
 
     name = "gcp"
     config_model = GcpConfig
 
-    def __init__(self, config: TargetConfig, job: Job) -> None:
+    def __init__(self, config: GcpConfig, job: Job) -> None:
         super().__init__(config, job)
-        assert isinstance(config, GcpConfig)
-        self.config = config
-        http = Http(job.budget, timeout=config.timeout, workers=self.workers)
-        self._google = Google(http, anonymous=config.auth == "none")
+        self._google = Google(self.http, anonymous=config.auth == "none")
         self.bucket = Bucket(self._google, config.storage_endpoint, config.bucket)
 
     def check(self) -> None:

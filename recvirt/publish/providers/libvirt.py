@@ -20,7 +20,7 @@ from pydantic import Field
 
 from recvirt.errors import CommandError, PublishError, VerificationError
 from recvirt.publish.plan import Step
-from recvirt.publish.provider import Job, Provider, Published, Remote, TargetConfig, Word
+from recvirt.publish.provider import Provider, Published, Remote, TargetConfig, Word
 from recvirt.publish.transfer import Progress
 from recvirt.run import run, start, stop
 from recvirt.ui import format_bytes, reporter
@@ -44,16 +44,11 @@ class LibvirtConfig(TargetConfig):
     pool: Word = Field(default="default", description="the storage pool")
 
 
-class Libvirt(Provider):
+class Libvirt(Provider[LibvirtConfig]):
     """One pool."""
 
     name = "libvirt"
     config_model = LibvirtConfig
-
-    def __init__(self, config: TargetConfig, job: Job) -> None:
-        super().__init__(config, job)
-        assert isinstance(config, LibvirtConfig)
-        self.config = config
 
     def check(self) -> None:
         """A pool takes anything; QEMU starts qcow2 and raw."""
@@ -63,7 +58,7 @@ class Libvirt(Provider):
     def _virsh(self, *words: str, seconds: float | None = None) -> str:
         argv = ["virsh", "--quiet", "--connect", self.config.uri, *words]
         try:
-            return run(argv, timeout_seconds=seconds or self.timeout).stdout
+            return run(argv, timeout_seconds=seconds or self.config.timeout).stdout
         except CommandError as error:
             said = " ".join(line.removeprefix("error: ").strip() for line in error.last_lines) or error.message
             raise PublishError(f"libvirt at {self.config.uri}: {said}", hint=_LATER) from None
@@ -134,7 +129,7 @@ class Libvirt(Provider):
         if kind == "qcow2":
             return self._go_on(0)
         words = ["vol-upload", "--pool", pool, self._volume, str(image.path), "--sparse"]
-        self._virsh(*words, seconds=self.timeout * _TRANSFER_FACTOR)
+        self._virsh(*words, seconds=self.config.timeout * _TRANSFER_FACTOR)
         Progress(f"send {self._volume}", image.file_bytes).add(image.file_bytes)
         self._virsh("pool-refresh", pool)
         return image.file_bytes
@@ -170,7 +165,7 @@ class Libvirt(Provider):
     @contextmanager
     def _limited(self, process: subprocess.Popen[bytes]) -> Iterator[None]:
         """Ends a transfer that takes too long, and whatever is left of it."""
-        timer = threading.Timer(self.timeout * _TRANSFER_FACTOR, stop, (process,))
+        timer = threading.Timer(self.config.timeout * _TRANSFER_FACTOR, stop, (process,))
         try:
             timer.start()
             yield

@@ -55,16 +55,14 @@ class MirrorConfig(TargetConfig):
         return self
 
 
-class Mirror(Provider):
+class Mirror(Provider[MirrorConfig]):
     """One tree."""
 
     name = "mirror"
     config_model = MirrorConfig
 
-    def __init__(self, config: TargetConfig, job: Job) -> None:
+    def __init__(self, config: MirrorConfig, job: Job) -> None:
         super().__init__(config, job)
-        assert isinstance(config, MirrorConfig)
-        self.config = config
         self._tree: Tree | None = None
 
     @property
@@ -78,7 +76,7 @@ class Mirror(Provider):
         if self.config.path is not None:
             return FolderTree(self.config.path_of_tree)
         if self.config.url is not None:
-            http = Http(self.job.budget, timeout=self.config.timeout, workers=self.workers, netrc=True)
+            http = Http(self.job.budget, timeout=self.config.timeout, workers=self.job.workers, netrc=True)
             user = os.environ.get("RECVIRT_WEBDAV_USER")
             if user is not None:
                 http.session.auth = (user, os.environ.get("RECVIRT_WEBDAV_PASSWORD", ""))

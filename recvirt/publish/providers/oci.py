@@ -16,7 +16,6 @@ from typing import Any
 from pydantic import Field
 
 from recvirt.errors import ConfigError, PublishError, VerificationError
-from recvirt.publish.http import Http
 from recvirt.publish.plan import Step
 from recvirt.publish.provider import TAG, TAG_DIGEST, TAG_PROFILE, Job, Provider, Published, Remote, TargetConfig
 from recvirt.publish.registry import MANIFEST_TYPE, Registry, resume
@@ -85,18 +84,15 @@ class Layer:
         return f"sha256:{found.hexdigest()}"
 
 
-class OciRegistry(Provider):
+class OciRegistry(Provider[OciConfig]):
     """One repository."""
 
     name = "oci-registry"
     config_model = OciConfig
 
-    def __init__(self, config: TargetConfig, job: Job) -> None:
+    def __init__(self, config: OciConfig, job: Job) -> None:
         super().__init__(config, job)
-        assert isinstance(config, OciConfig)
-        self.config = config
-        http = Http(job.budget, timeout=config.timeout, workers=self.workers)
-        self.registry = Registry(http, config.repository, insecure=config.insecure)
+        self.registry = Registry(self.http, config.repository, insecure=config.insecure)
 
     def check(self) -> None:
         """A container disk is a qcow2 here: a raw one would be sent with all its zeros."""

@@ -13,10 +13,10 @@ from pydantic import Field
 
 from recvirt.errors import ConfigError, PublishError, VerificationError
 from recvirt.publish.errors import DeniedError, TransientError
-from recvirt.publish.http import Http, refusal
+from recvirt.publish.http import refusal
 from recvirt.publish.openstackauth import Identity
 from recvirt.publish.plan import Step
-from recvirt.publish.provider import Job, Provider, Published, Remote, TargetConfig, WebAddress
+from recvirt.publish.provider import Provider, Published, Remote, TargetConfig, WebAddress
 from recvirt.publish.transfer import FileBody, Progress
 from recvirt.ui import reporter
 
@@ -45,17 +45,11 @@ class OpenStackConfig(TargetConfig):
     properties: dict[str, str] = Field(default_factory=dict, description="more image properties, or others than ours")
 
 
-class OpenStack(Provider):
+class OpenStack(Provider[OpenStackConfig]):
     """One project of one cloud."""
 
     name = "openstack"
     config_model = OpenStackConfig
-
-    def __init__(self, config: TargetConfig, job: Job) -> None:
-        super().__init__(config, job)
-        assert isinstance(config, OpenStackConfig)
-        self.config = config
-        self._http = Http(job.budget, timeout=config.timeout, workers=self.workers)
 
     def check(self) -> None:
         """What Glance would refuse."""
@@ -88,7 +82,7 @@ class OpenStack(Provider):
                 asked = partial(self._identity.token, fresh=fresh)
                 headers["X-Auth-Token"] = self.job.budget.call("get a token", asked)
             url = path if path.startswith("http") else f"{self._base}/{path}"
-            answer = self._http.call(what, method, url, ok=(*ok, 401), headers=headers, **more)
+            answer = self.http.call(what, method, url, ok=(*ok, 401), headers=headers, **more)
             if answer.status_code != 401:
                 return answer
             if self._identity is None:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from recvirt.errors import ConfigError
 from recvirt.publish.plan import Step
-from recvirt.publish.provider import Job, Provider, Published, Remote, TargetConfig, Word
+from recvirt.publish.provider import Provider, Published, Remote, TargetConfig, Word
 
 
 class RecipeConfig(TargetConfig):
@@ -23,7 +23,7 @@ class RecipeConfig(TargetConfig):
     region: Word = Field(default="REGION", description="Oracle, Alibaba: the region")
 
 
-class Recipe(Provider):
+class Recipe(Provider[RecipeConfig]):
     """A provider by hand."""
 
     config_model = RecipeConfig
@@ -32,11 +32,6 @@ class Recipe(Provider):
     #: Why nesting does not work there, or is not known to.
     warning: ClassVar[str] = ""
     refused: ClassVar[bool] = False
-
-    def __init__(self, config: TargetConfig, job: Job) -> None:
-        super().__init__(config, job)
-        assert isinstance(config, RecipeConfig)
-        self.config = config
 
     def check(self) -> None:
         """ConfigError for a format that the commands can't start from, or where nesting does not work."""
