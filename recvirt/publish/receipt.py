@@ -110,7 +110,9 @@ def load_receipt(path: Path) -> Receipt:
     raw = path.read_bytes()
     try:
         data = json.loads(raw)
-        whole = data["schema"] == SCHEMA and isinstance(data["image"]["sha256"], str) and isinstance(data["ids"], dict)
+        texts = (data["target"], data["published"], data["image"]["name"], data["image"]["sha256"])
+        whole = data["schema"] == SCHEMA and all(isinstance(text, str) for text in texts)
+        whole = whole and isinstance(data["ids"], dict) and isinstance(data["acceptance"], dict)
     except (ValueError, KeyError, TypeError):
         whole, data = False, {}
     if not whole or canonical_bytes(data) != raw:

@@ -57,6 +57,15 @@ def test_every_changed_byte_is_found(place: Place, receipt: Path) -> None:
     assert "no signature" in problems(place)[0]
 
 
+@pytest.mark.parametrize("key", ["schema", "target", "image", "acceptance", "ids", "published"])
+def test_a_receipt_that_lacks_what_is_read_of_it_is_told(place: Place, receipt: Path, key: str) -> None:
+    data = json.loads(receipt.read_text())
+    for change in ({f"x{key}": data[key]}, {key: 7}):
+        receipt.write_bytes(canonical_bytes({**{k: v for k, v in data.items() if k != key}, **change}))
+        assert "is no whole receipt" in problems(place)[0]
+        assert "is no whole receipt" in place.run("published", *place.options).output
+
+
 def test_the_receipt_of_another_image_does_not_pass_under_this_name(place: Place, receipt: Path) -> None:
     other = receipt.with_name(receipt.name.replace("-default-", "-minimal-"))
     receipt.rename(other)
