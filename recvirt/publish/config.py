@@ -35,7 +35,7 @@ PROVIDERS = {
     "aws": "aws",
     "gcp": "gcp",
     "digitalocean": "digitalocean",
-    "proxmox": "recipes:Proxmox",
+    "proxmox": "proxmox",
     "oracle": "recipes:Oracle",
     "alibaba": "recipes:Alibaba",
     "hetzner": "recipes:Hetzner",

@@ -11,6 +11,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -31,8 +32,12 @@ Body = bytes | Callable[[], Any] | None
 class Http:
     """A session with one provider. Threads may share it."""
 
-    def __init__(self, budget: Budget, *, timeout: float, workers: int = 4, netrc: bool = False) -> None:
+    def __init__(
+        self, budget: Budget, *, timeout: float, workers: int = 4, netrc: bool = False, ca: Path | None = None
+    ) -> None:
         self.budget = budget
+        # Said with each request: a session's own would yield to REQUESTS_CA_BUNDLE.
+        self._verify = str(ca) if ca else None
         self._timeout = (_CONNECT_SECONDS, timeout)
         self.session = requests.Session()
         # Credentials of ~/.netrc are only for those providers that say so.
@@ -68,7 +73,7 @@ class Http:
             try:
                 answer = self.session.request(
                     method, url, headers=dict(headers or {}), data=content, json=data, params=dict(params or {}),
-                    timeout=self._timeout, stream=stream, allow_redirects=redirects,
+                    timeout=self._timeout, stream=stream, allow_redirects=redirects, verify=self._verify,
                 )  # fmt: skip
                 if not stream:
                     check_length(answer)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -100,11 +102,44 @@ class FileBody:
         return self._length
 
     def read(self, size: int = -1) -> bytes:
-        """At most ``size`` bytes."""
-        data = self._stream.read(self._left if size < 0 else min(size, self._left))
+        """At most ``size`` bytes; at the end nothing, however often one asks."""
+        data = self._stream.read(self._left if size < 0 else min(size, self._left)) if self._left else b""
         self._left -= len(data)
         if data:
             self._progress.add(len(data))
         else:
+            self._left = 0
             self._stream.close()
         return data
+
+
+class Form:
+    """A file with a few words before it, as a form's upload (multipart/form-data, RFC 7578), never whole in memory."""
+
+    def __init__(self, words: Mapping[str, str], field: str, name: str, path: Path) -> None:
+        boundary = f"recvirt-{uuid.uuid4().hex}"
+        self.kind = f"multipart/form-data; boundary={boundary}"
+        parts = [f'--{boundary}\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n' for k, v in words.items()]
+        parts.append(f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\n')
+        parts.append("Content-Type: application/octet-stream\r\n\r\n")
+        self._head, self._tail = "".join(parts).encode(), f"\r\n--{boundary}--\r\n".encode()
+        self._path = path
+
+    def opened(self, progress: Progress) -> FormBody:
+        """A fresh body, for one try."""
+        return FormBody(self._head, FileBody(self._path, progress), self._tail)
+
+
+class FormBody:
+    """A :class:`Form` being sent."""
+
+    def __init__(self, head: bytes, body: FileBody, tail: bytes) -> None:
+        self._head, self._body, self._tail = io.BytesIO(head), body, io.BytesIO(tail)
+        self._length = len(head) + len(body) + len(tail)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, size: int = -1) -> bytes:
+        """At most ``size`` bytes."""
+        return self._head.read(size) or self._body.read(size) or self._tail.read(size)

@@ -7,12 +7,19 @@ from pathlib import Path
 import pytest
 
 from tests.publish.support import Place, make_image
+from tests.publish.tls import make_authority
 
 
 @pytest.fixture(scope="session")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An accepted qcow2. Nobody writes to it."""
     return make_image(tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate authority that nobody knows; see :func:`tests.publish.tls.make_authority`."""
+    return make_authority(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture

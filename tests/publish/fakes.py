@@ -16,7 +16,9 @@ Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]]
 
 @contextmanager
 def serving(respond: Callable[[str, str, dict[str, list[str]], Any], Answer]) -> Iterator[str]:
-    """A JSON server: ``respond(method, path, query, body)``; the query also has the header ``authorization``."""
+    """A JSON server: ``respond(method, path, query, body)``; the query also has the header ``authorization``, and a
+    form's body stays bytes.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -33,7 +35,8 @@ def serving(respond: Callable[[str, str, dict[str, list[str]], Any], Answer]) ->
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             parts = urlsplit(self.path)
             query = {**parse_qs(parts.query), "authorization": [self.headers.get("Authorization", "")]}
-            answer = respond(self.command, parts.path, query, json.loads(body) if body else None)
+            is_json = "form" not in (self.headers.get("Content-Type") or "")
+            answer = respond(self.command, parts.path, query, json.loads(body) if body and is_json else body or None)
             status, said = answer[:2]
             content = said if isinstance(said, bytes) else json.dumps(said).encode()
             if status == 204:

@@ -17,8 +17,6 @@ from recvirt.publish.provider import Provider, Published, Remote, TargetConfig, 
 class RecipeConfig(TargetConfig):
     """What the commands need to be told; the rest are placeholders in capitals."""
 
-    storage: Word = Field(default="local-lvm", description="Proxmox: the storage that gets the disk")
-    vm_id: int = Field(default=9000, ge=100, le=999_999_999, description="Proxmox: the VM's number")
     bucket: Word = Field(default="BUCKET", description="Oracle, Alibaba: the bucket of object storage")
     region: Word = Field(default="REGION", description="Oracle, Alibaba: the region")
 
@@ -64,16 +62,9 @@ class Recipe(Provider[RecipeConfig]):
         """See :class:`Provider`."""
         config = self.config
         return {
-            "path": str(self.job.image.path), "storage": config.storage, "vm_id": config.vm_id,
-            "bucket": config.bucket, "region": config.region, "warning": self.warning,
+            "path": str(self.job.image.path), "bucket": config.bucket, "region": config.region,
+            "warning": self.warning,
         }  # fmt: skip
-
-
-class Proxmox(Recipe):
-    """Proxmox VE, by ``qm``."""
-
-    name = "proxmox"
-    formats = ("qcow2", "raw")
 
 
 class Oracle(Recipe):
