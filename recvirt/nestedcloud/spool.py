@@ -23,7 +23,7 @@ class SpoolError(ModelError):
 
 
 def identity(folder: Path) -> str:
-    """What tells an API and a worker that they see the same folder; made by the first one that asks."""
+    """What tells two programs, perhaps on two machines, that they see the same folder; made by the first one that asks."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o770)
     path = folder / "identity"
     if not path.exists():

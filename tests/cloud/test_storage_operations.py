@@ -167,7 +167,7 @@ def test_an_attach_that_nobody_answered_keeps_its_volume(cloud: Cloud) -> None:
 def test_a_volume_on_another_worker_is_not_reached(cloud: Cloud) -> None:
     instance = launched(cloud)
     make_worker("w2", disk_bytes=200 * GIB)
-    with pytest.raises(Refused, match="data is on w2, and web on another worker"):
+    with pytest.raises(Refused, match="web is on w1, which can't reach data; these can: w2"):
         volumes.attach(allocated(cloud), instance, cloud.user)
 
 
