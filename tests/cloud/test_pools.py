@@ -39,7 +39,7 @@ def revoked(worker: Worker) -> None:
 def shut_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *workers: Worker) -> None:
     """As root tells when it has done it."""
     (tmp_path / "shut-out.json").write_text(json.dumps([str(worker.pk) for worker in workers]))
-    config = SimpleNamespace(tunnel_path=str(tmp_path / "public.json"))
+    config = SimpleNamespace(shut_out_path=tmp_path / "shut-out.json")
     monkeypatch.setattr(pools, "settings", SimpleNamespace(CONFIG=config))
 
 
@@ -92,13 +92,15 @@ def test_what_a_worker_says_of_its_folder_is_kept(cloud: Cloud) -> None:
     volume = allocated(cloud)
     assert volume.pool == ""
     reports.heard(beat(cloud, features={"pool": POOL}))
-    cloud.worker.refresh_from_db(), volume.refresh_from_db()
+    cloud.worker.refresh_from_db()
+    volume.refresh_from_db()
     assert cloud.worker.pool == volume.pool == POOL
     assert cloud.client.get("/api/v1/workers/w1").data["pool"] == POOL
     assert cloud.client.get(cloud.url("volumes/data")).data["pool"] == POOL
     # What it has now is another folder; the volume stays where it was made.
     reports.heard(beat(cloud, features={"pool": OTHER}))
-    cloud.worker.refresh_from_db(), volume.refresh_from_db()
+    cloud.worker.refresh_from_db()
+    volume.refresh_from_db()
     assert (cloud.worker.pool, volume.pool) == (OTHER, POOL)
     for odd in ("../x", 7, "A" * 99):
         reports.heard(beat(cloud, features={"pool": odd}))
@@ -165,7 +167,8 @@ def test_a_lost_worker_s_volume_is_free_when_its_instance_was_off(cloud: Cloud, 
     lost(cloud.worker)
     operation = detached(cloud, volume)
     assert operation.phase == "succeeded" and "w1 is away and web was off" in operation.message and sent() == []
-    instance.refresh_from_db(), volume.refresh_from_db()
+    instance.refresh_from_db()
+    volume.refresh_from_db()
     assert (instance.state, instance.power, volume.instance) == ("off", "stopped", None)
     used(cloud, volume, far)
     # What is started there when it is back is described without the volume.
@@ -209,15 +212,14 @@ def test_a_revoked_worker_s_volume_is_free_once_it_is_shut_out(
     attached(cloud, volume, instance)
     revoked(cloud.worker)
     assert detached(cloud, volume).phase == "succeeded"
-    instance.refresh_from_db(), volume.refresh_from_db()
+    instance.refresh_from_db()
+    volume.refresh_from_db()
     assert (instance.state, volume.instance) == ("on", None)
     # The guest there runs on, and reaches the volume until root has closed the tunnel.
-    for ask in (
-        lambda: volumes.attach(volume, far, cloud.user),
-        lambda: volumes.request(volume, cloud.user, Kind.VOLUME_RESIZE, {"size_bytes": 2 * GIB}),
-    ):
-        with pytest.raises(Refused, match="not shut out of the tunnel yet"):
-            ask()
+    with pytest.raises(Refused, match="not shut out of the tunnel yet"):
+        volumes.attach(volume, far, cloud.user)
+    with pytest.raises(Refused, match="not shut out of the tunnel yet"):
+        volumes.request(volume, cloud.user, Kind.VOLUME_RESIZE, {"size_bytes": 2 * GIB})
     shut_out(monkeypatch, tmp_path, cloud.worker)
     used(cloud, volume, far)
 

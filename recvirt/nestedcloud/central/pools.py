@@ -1,14 +1,13 @@
 """Which worker may have its hands on a volume: those that share the folder it lies in, one after another.
 
-Two guests, or a guest and a tool, that write to one volume destroy it, and the locks of a host's own processes end with
-the host. So another worker gets a volume only when the one before surely has let go: it has answered, or it was shut out
-of tunnel and file server. Called with the volume's row locked.
+Two guests, or a guest and a tool, that write to one volume destroy it, and the locks of a host's own processes end
+with the host. So another worker gets a volume only when the one before surely has let go: it has answered, or it was
+shut out of tunnel and file server. Called with the volume's row locked.
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from django.conf import settings
 from django.db.models import QuerySet
@@ -44,7 +43,7 @@ def is_unanswered(thing: Instance | Volume) -> bool:
 def is_shut_out(worker: Worker) -> bool:
     """Whether tunnel and broker have dropped a revoked worker: root says so (``recvirt.nestedcloud.peers``)."""
     try:
-        said = json.loads(Path(settings.CONFIG.tunnel_path).with_name("shut-out.json").read_text())
+        said = json.loads(settings.CONFIG.shut_out_path.read_text())
     except (OSError, ValueError):
         return False
     return worker.revoked and isinstance(said, list) and str(worker.pk) in said

@@ -299,8 +299,8 @@ class VolumeState(models.TextChoices):
 
 
 class Volume(Row):
-    """A disk of its own, that outlives instances. It lies in ``pool``; ``worker`` had a hand on it last; ``instance`` has
-    it, or will, in ``slot``.
+    """A disk of its own, that outlives instances. It lies in ``pool``; ``worker`` had a hand on it last; ``instance``
+    has it, or will, in ``slot``.
 
     ``promised_bytes`` is what is counted against the project's quota, with the copies that are its snapshots.
     """
