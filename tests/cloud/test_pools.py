@@ -20,7 +20,7 @@ from recvirt.nestedcloud.model import GIB, Kind, Phase, Power, encode
 from recvirt.nestedcloud.worker.host import Host
 from recvirt.nestedcloud.worker.places import Places
 from tests.cloud.conftest import Cloud, make_worker
-from tests.cloud.test_operations import beat, facts, finish, launched, sent
+from tests.cloud.test_operations import beat, facts, finish, launched, report, sent
 from tests.cloud.test_storage_operations import allocated, attached, end, wish
 
 POOL, OTHER = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
@@ -82,8 +82,7 @@ def used(cloud: Cloud, volume: Volume, instance: Instance) -> None:
     assert [worker for worker, _ in told] == [str(instance.worker_id)]
     operation.refresh_from_db()
     found = {"domain": encode(facts(str(instance.uuid), generation=99)), "attached": True}
-    assert reports.apply(reports.Report(str(operation.pk), operation.attempt, str(instance.worker_id),
-                                        Phase.SUCCEEDED, facts=found))  # fmt: skip
+    assert reports.apply(report(operation, facts=found))
     volume.refresh_from_db()
     instance.refresh_from_db()
 
