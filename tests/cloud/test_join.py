@@ -628,4 +628,20 @@ def test_the_invitation_reaches_what_joins(monkeypatch: pytest.MonkeyPatch) -> N
     assert CliRunner().invoke(main_group, words).exit_code == 0
     assert CliRunner().invoke(main_group, [*words, "--system-ca"]).exit_code == 0
     assert got[0][0] == Token("x" * 43, "ab" * 32) and got[1][0].fingerprint == ""
-    assert (got[0][1]["nfs"], got[0][1]["name"]) == (False, "shelf")
+    assert (got[0][1]["nfs"], got[0][1]["name"], got[0][1]["disks"]) == (False, "shelf", "")
+    done = CliRunner().invoke(main_group, [*words, "--disks", "shared"])
+    assert done.exit_code == ExitStatus.USAGE and "--no-nfs" in done.output
+    words.remove("--no-nfs")
+    assert CliRunner().invoke(main_group, [*words, "--disks", "shared"]).exit_code == 0
+    assert (got[-1][1]["nfs"], got[-1][1]["disks"]) == (True, "shared")
+
+
+def test_another_url_reaches_what_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[tuple[str, str]] = []
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(join, "move_central", lambda _machine, url, *, fingerprint: got.append((url, fingerprint)))
+    words = ["worker", "move-central", NEW]
+    assert CliRunner().invoke(main_group, words).exit_code == 0
+    assert CliRunner().invoke(main_group, [*words, "--fingerprint", "AB" * 32]).exit_code == 0
+    assert got == [(NEW, ""), (NEW, "ab" * 32)]
+    assert CliRunner().invoke(main_group, [*words, "--fingerprint", "x"]).exit_code == ExitStatus.USAGE
