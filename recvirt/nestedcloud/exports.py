@@ -1,4 +1,4 @@
-"""What the central node offers to workers on other machines, in the tunnel alone: the broker and the two disk folders.
+"""What the central node offers to workers on other machines, in the tunnel alone: the broker, disks and uploads.
 
 Owns: where the broker and the file server listen, what is exported and to whom. Does not own: the tunnel
 (``tunnel.py``).
@@ -15,7 +15,7 @@ from recvirt.nestedcloud.machine import Machine, ProvisionError, write
 
 TUNNEL_SERVICE = "recvirt-cloud-tunnel.service"
 #: As sysusers.d has them. NFS knows owners by number; who has others (an older installation) can't share its disks.
-WORKER_UID, DISKS_GID = 641, 642
+WORKER_UID, DISKS_GID, SPOOL_GID = 641, 642, 643
 #: root of a worker has no business with files here, and is nobody: worker and QEMU use them as themselves. ``sync``:
 #: what a guest has flushed is on this machine's disk.
 _OPTIONS = "rw,sync,root_squash,no_subtree_check,sec=sys"
@@ -89,7 +89,9 @@ def exported(machine: Machine) -> tuple[Path, ...]:
             f" {numbers[1]} here, and {WORKER_UID} and {DISKS_GID} there (operating.md, 'Numbers of users')"
         )
         return ()
-    return found
+    # Uploads are of this machine, wherever disks are. Without their number a worker here still reads them.
+    spool = (machine.spool,) if machine.group_of("recvirt-spool") == SPOOL_GID else ()
+    return (*found, *spool)
 
 
 def _ensure_files(machine: Machine, cloud: uuid.UUID, paths: tuple[Path, ...]) -> None:

@@ -141,21 +141,27 @@ def central_rotate(what: str, force: bool) -> None:
 @click.option("--name", default="", help="What the worker is called. [default: as invited, or the host's name]")
 @click.option("--fingerprint", default="", help="The SHA-256 of the API's certificate. [default: the invitation's]")
 @click.option("--system-ca", is_flag=True, help="Check the certificate with the system's authorities instead.")
+@click.option("--disks", type=click.Choice(["local", "shared"]), default=None,
+              help="Where root disks and volumes are: here, or on the central node. [default: local, or as it is]")
 @click.option("--no-nfs", is_flag=True, help="Leave /etc/recvirt/nfs.conf alone.")
 @click.option("--timeout", default=900.0, show_default=True, help="Seconds to wait for the broker.")
 def worker_join(
-    url: str, token: str | None, name: str, fingerprint: str, system_ca: bool, no_nfs: bool, timeout: float
-) -> None:
+    url: str, token: str | None, name: str, fingerprint: str, system_ca: bool, disks: str | None, no_nfs: bool,
+    timeout: float,
+) -> None:  # fmt: skip
     """Make this machine a worker of the cloud at URL. Again goes on where it stopped.
 
     \b
     Examples:
       sudo recvirt-cloud worker join https://cloud.example.org --token rvj_...
       sudo recvirt-cloud worker join https://192.0.2.7 --name shelf-2 < token-file
+      sudo recvirt-cloud worker join https://192.0.2.7 --token rvj_... --disks shared
     """
     from recvirt.nestedcloud import credentials, join, provision
     from recvirt.nestedcloud.model import ModelError, check_name
 
+    if no_nfs and disks == "shared":
+        fail("--disks shared is a line in /etc/recvirt/nfs.conf", "leave --no-nfs out", ExitStatus.USAGE)
     if token is None:
         token = str(click.prompt("Invitation", hide_input=True) if sys.stdin.isatty() else sys.stdin.readline())
     try:
@@ -169,7 +175,10 @@ def worker_join(
     with _as_root():
         times = join.Times(login_seconds=timeout)
         machine = provision.Machine(tell=_say)
-        join.join(machine, url, invitation, name=name, fingerprint=fingerprint, nfs=not no_nfs, times=times)
+        join.join(
+            machine, url, invitation, name=name, fingerprint=fingerprint, nfs=not no_nfs, disks=disks or "",
+            times=times,
+        )  # fmt: skip
 
 
 @click.command("refresh")
@@ -200,6 +209,26 @@ def worker_rotate() -> None:
         join.rotate(provision.Machine(tell=_say))
 
 
+@click.command("move-central")
+@click.argument("url")
+@click.option("--fingerprint", default="", help="The SHA-256 of the API's certificate. [default: the one it had]")
+def worker_move_central(url: str, fingerprint: str) -> None:
+    """Reach the central node at another URL from now on. It has to be the same one there, or nothing is changed.
+
+    \b
+    Example:
+      sudo recvirt-cloud worker move-central https://cloud.example.org
+    """
+    from recvirt.nestedcloud import credentials, join, provision
+
+    try:
+        fingerprint = credentials.parse_fingerprint(fingerprint) if fingerprint else ""
+    except ValueError as error:
+        fail(str(error), "", ExitStatus.USAGE)
+    with _as_root():
+        join.move_central(provision.Machine(tell=_say), url, fingerprint=fingerprint)
+
+
 @click.command("leave")
 @click.option("--force", is_flag=True, help="Although instances run here; they run on, and no cloud knows them.")
 def worker_leave(force: bool) -> None:
@@ -215,5 +244,5 @@ def worker_leave(force: bool) -> None:
         join.leave(provision.Machine(tell=_say), force=force)
 
 
-WORKER_ROOT_COMMANDS = (worker_join, worker_refresh, worker_rotate, worker_leave)
+WORKER_ROOT_COMMANDS = (worker_join, worker_refresh, worker_rotate, worker_move_central, worker_leave)
 CENTRAL_ROOT_COMMANDS = (central_peers, central_rotate)

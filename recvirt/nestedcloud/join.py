@@ -6,7 +6,6 @@ written on the worker; who is let in is the central node's (``central.peers``).
 
 from __future__ import annotations
 
-import re
 import ssl
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any
 
-from recvirt.nestedcloud import membership, pinned, tunnel
+from recvirt.nestedcloud import membership, mounts, pinned, tunnel
 from recvirt.nestedcloud.credentials import Token
 from recvirt.nestedcloud.membership import Member, Welcome
 from recvirt.nestedcloud.pinned import LinkError, Place
@@ -31,9 +30,6 @@ _TUNNEL_SECONDS = 5.0
 TUNNEL_UNIT, TARGET = "recvirt-cloud-tunnel.service", "recvirt-cloud.target"
 _SETUP_UNIT = "recvirt-cloud-setup.service"
 _WORKER_UNITS = ("recvirt-cloud-worker.service", "recvirt-cloud-console.service")
-_MOUNTS = {"IMAGES": "/var/lib/recvirt/images", "BLOCKS": "/var/lib/recvirt/blocks"}
-#: Disks of guests that run: better to wait for the server than to tell a guest that its disk is broken.
-_MOUNT_OPTIONS = "vers=4.2,hard"
 
 
 @dataclass(frozen=True)
@@ -65,13 +61,17 @@ def _context(member: Member) -> ssl.SSLContext:
 
 def join(
     machine: Machine, url: str, token: Token, *, name: str = "", fingerprint: str = "", nfs: bool = True,
-    times: Times | None = None,
+    disks: str = "", times: Times | None = None,
 ) -> None:  # fmt: skip
-    """Everything, in order. LinkError or ProvisionError say what does not work and what to do about it."""
+    """Everything, in order. LinkError or ProvisionError say what does not work and what to do about it.
+
+    ``disks`` says where root disks and volumes are: ``mounts.LOCAL``, ``mounts.SHARED``, or (empty) where they are now.
+    """
     times = times or Times()
     place = pinned.place_of(url)
     with membership.alone(machine):
         member = _who(machine, str(place), name, fingerprint or token.fingerprint)
+        mounts.check_change(machine, disks, _central_address(machine))
         public = tunnel.ensure_key(machine)
         machine.tell(f"asking {place} to be let in as {member.name}")
         body: dict[str, Any] = {
@@ -91,7 +91,7 @@ def join(
         member = _keep_certificate(machine, member, welcome)
         _configure(machine, member, welcome)
         if nfs:
-            mount_from(machine, str(welcome.central_address), ("IMAGES",))
+            mounts.mount(machine, str(welcome.central_address), disks)
         _start(machine)
         _wait_for_login(machine, member, welcome, times)
         machine.tell(f"{welcome.name} is a worker now; on the central node: recvirt-cloud worker list")
@@ -208,7 +208,8 @@ def _configure(machine: Machine, member: Member, welcome: Welcome) -> None:
         "uuid": member.uuid, "name": welcome.name, "cloud": str(welcome.cloud),
         "broker": broker_url(member.uuid, member.current.password, welcome.central_address),
         "libvirt": "qemu:///system", "domain_type": before.get("domain_type") or domain_type(machine),
-        "images_dir": _MOUNTS["IMAGES"], "blocks_dir": _MOUNTS["BLOCKS"], "run_dir": "/run/recvirt-worker",
+        "images_dir": mounts.FOLDERS["IMAGES"], "blocks_dir": mounts.FOLDERS["BLOCKS"],
+        "spool_dir": mounts.FOLDERS["SPOOL"], "run_dir": "/run/recvirt-worker",
         "log_dir": str(machine.logs), "api": str(Place(str(welcome.central_address), 443)),
         "api_ca": str(certificate_path(machine)), "api_pinned": True,
     }  # fmt: skip
@@ -216,21 +217,6 @@ def _configure(machine: Machine, member: Member, welcome: Welcome) -> None:
     text = toml({**before, **wanted})
     if not machine.worker.exists() or machine.worker.read_text() != text:
         write(machine, machine.worker, text, reader=WORKER_USER)
-
-
-def mount_from(machine: Machine, server: str, which: tuple[str, ...]) -> None:
-    """Have the mounts come from a server (none: from nowhere), and leave the file's other lines alone."""
-    path = machine.root / "etc/recvirt/nfs.conf"
-    lines = path.read_text().splitlines() if path.exists() else []
-    for name in which:
-        wanted = {f"{name}_SOURCE": f"[{server}]:{_MOUNTS[name]}" if server else "",
-                  f"{name}_OPTIONS": _MOUNT_OPTIONS if server else ""}  # fmt: skip
-        lines = [line for line in lines if not re.match(rf"\s*({'|'.join(wanted)})=", line)]
-        lines += [f"{key}={value}" for key, value in wanted.items()]
-    text = "\n".join(lines) + "\n"
-    if not path.exists() or path.read_text() != text:
-        write(machine, path, text, reader=None, mode=0o644)
-        machine.run(["systemctl", "restart", "recvirt-nfs.service"], "", None)
 
 
 def _start(machine: Machine) -> None:
@@ -301,6 +287,47 @@ def _take_over(machine: Machine, member: Member, times: Times) -> None:
     machine.tell("key and password are changed")
 
 
+def move_central(machine: Machine, url: str, *, fingerprint: str = "", times: Times | None = None) -> None:
+    """The same central node is at another URL. Nothing is changed before it has shown there that it is the same: by its
+    certificate, by knowing this worker, and by a handshake in the tunnel.
+    """
+    place = pinned.place_of(url)
+    with membership.alone(machine):
+        member = membership.required(machine)
+        if member.coming is not None:
+            raise LinkError(
+                "a change of key and password was cut short", "recvirt-cloud worker rotate", status=ExitStatus.CONFIG
+            )
+        before = pinned.place_of(member.url)
+        moved = replace(member, url=str(place), fingerprint=fingerprint or member.fingerprint)
+        machine.tell(f"asking {place} whether it is this worker's central node")
+        body = {"uuid": member.uuid, "password": member.current.password}
+        answer = pinned.ask(place, "peer", body, _context(moved))
+        welcome = membership.check_welcome(answer.data, member)
+        if str(welcome.cloud) != read(machine.worker).get("cloud"):
+            raise LinkError(
+                f"{place} is of another cloud: {welcome.cloud}", "recvirt-cloud worker leave, then join",
+                status=ExitStatus.REFUSED,
+            )  # fmt: skip
+        try:
+            _tunnel_to(machine, place, welcome, times or Times(), answer.clock_seconds)
+        except LinkError:
+            _keep(machine, before.host, welcome)
+            tunnel.up(machine)
+            machine.tell(f"nothing is changed: the central node is still looked for at {before}")
+            raise
+        _keep_certificate(machine, membership.save(machine, moved), welcome)
+        machine.tell(f"the central node is at {place} from now on")
+
+
+def _tunnel_to(machine: Machine, place: Place, welcome: Welcome, times: Times, clock: float) -> None:
+    """A new session with the central node, by way of ``place``; one that is there would hide that there is no way."""
+    _keep(machine, place.host, welcome)
+    tunnel.down(machine)
+    tunnel.up(machine)
+    _wait_for_handshake(machine, place, welcome, times, clock)
+
+
 def leave(machine: Machine, *, force: bool = False) -> None:
     """Tell the central node, and forget everything that is of the membership. Disks stay."""
     with membership.alone(machine):
@@ -337,13 +364,16 @@ def _check_idle(machine: Machine) -> None:
         )  # fmt: skip
 
 
-def _forget(machine: Machine) -> None:
-    conf = machine.root / "etc/recvirt/nfs.conf"
+def _central_address(machine: Machine) -> str | None:
+    """The central node's place in the tunnel, if this machine was told of it."""
     found = tunnel.config(machine)
-    central = found["central"]["address"] if found is not None and found["role"] == "worker" else ""
-    if central and conf.exists():
-        ours = [name for name, where in _MOUNTS.items() if f"{name}_SOURCE=[{central}]:{where}" in conf.read_text()]
-        mount_from(machine, "", tuple(ours))
+    return found["central"]["address"] if found is not None and found["role"] == "worker" else None
+
+
+def _forget(machine: Machine) -> None:
+    central = _central_address(machine)
+    if central is not None and (ours := mounts.ours(machine, central)):
+        mounts.mount_from(machine, central, (), ours)
     tunnel.forget(machine)
     for path in (certificate_path(machine), machine.worker, membership.path_of(machine)):
         path.unlink(missing_ok=True)

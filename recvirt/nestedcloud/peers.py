@@ -221,6 +221,7 @@ def apply(machine: Machine) -> bool:
     again = made != before["accounts_made"]
     changed = [peer for key, peer in peers.items() if again or not _same_account(before["peers"].get(key), peer)]
     if not gone and not changed and before["peers"] == peers:
+        _tell_shut_out(machine, revoked)
         return False
     trouble = _sync(machine, list(peers.values()))
     for worker in gone:
@@ -234,7 +235,16 @@ def apply(machine: Machine) -> bool:
     folder = (machine.root / tunnel.APPLIED).parent
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     write(machine, machine.root / tunnel.APPLIED, json.dumps(data, indent=1) + "\n", reader=None, mode=0o600)
+    _tell_shut_out(machine, revoked | set(gone))
     return True
+
+
+def _tell_shut_out(machine: Machine, workers: set[str]) -> None:
+    """Who reaches neither the broker nor the files that are shared in the tunnel: others may write to them now."""
+    text = json.dumps(sorted(workers)) + "\n"
+    path = tunnel.shut_out_path(machine)
+    if (path.read_text() if path.exists() else "[]\n") != text:
+        write(machine, path, text, reader=None, mode=0o644)
 
 
 def _same_account(before: Account | None, now: Account) -> bool:

@@ -1,4 +1,4 @@
-"""Uploads on their way from the API to a worker of the same host. Standard library only.
+"""Uploads on their way from the API to a worker that sees the same folder. Standard library only.
 
 The API writes pieces and never looks at them; the worker copies a whole one out before it looks. Neither trusts what
 the other left in the folder: names are UUIDs, and a link is not followed.
@@ -23,7 +23,7 @@ class SpoolError(ModelError):
 
 
 def identity(folder: Path) -> str:
-    """What tells an API and a worker that they see the same folder; made by the first one that asks."""
+    """What tells two programs, perhaps on two machines, that they see one folder; made by the first one that asks."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o770)
     path = folder / "identity"
     if not path.exists():

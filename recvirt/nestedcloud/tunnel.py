@@ -104,6 +104,11 @@ def public_path(machine: Machine) -> Path:
     return folder(machine) / "public.json"
 
 
+def shut_out_path(machine: Machine) -> Path:
+    """For the API: the revoked workers that the tunnel and the broker have dropped."""
+    return folder(machine) / "shut-out.json"
+
+
 def _config_path(machine: Machine) -> Path:
     return folder(machine) / "tunnel.json"
 

@@ -310,6 +310,11 @@ WORKERS_WORKER = (
         r"does not run it under KVM",
         _sub(f"{_CLOUD}/provision.py", r'return "kvm"', 'return "qemu"'),
     ),
+    Mutant(
+        "worker-shares-volumes",
+        r"disks are mounted from ''",
+        _sub(f"{_CLOUD}/mounts.py", r'^( +)which\.append\("BLOCKS"\)$', r"\1pass"),
+    ),
 )
 
 #: Promises that the image never kept: the profile is what is changed.

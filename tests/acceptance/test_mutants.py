@@ -217,7 +217,10 @@ def test_a_worker_that_reaches_too_much_or_too_little_is_rejected(
     worker = spoil(SpoiltImage(tools, worker_image, folders[1]), WORKERS_WORKER)
     found = results_of(
         central, load_profile("nested-cloud").model, tools, tmp_path / "out",
-        ("worker-joins", "worker-runs-an-instance", "lost-worker-is-told", "revoked-worker-is-shut-out"),
+        (
+            "worker-joins", "worker-runs-an-instance", "lost-worker-is-told", "worker-shares-volumes",
+            "revoked-worker-is-shut-out",
+        ),
         promises=promises_of(load_profile("nested-cloud").model, cloud_image.parent), worker_image=worker,
     )  # fmt: skip
     for mutant in (*WORKERS_CENTRAL, *WORKERS_WORKER):

@@ -7,22 +7,35 @@ import json
 import shutil
 import struct
 import uuid
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from django.conf import settings
+from django.utils import timezone
 
+from recvirt.nestedcloud import spool
 from recvirt.nestedcloud.central import bundled, reports
 from recvirt.nestedcloud.central.first import PROJECT, ensure_first_rows
-from recvirt.nestedcloud.central.models import Image, ImageState, Instance, InstanceState, Operation, Project, Worker
+from recvirt.nestedcloud.central.models import (
+    Image,
+    ImageState,
+    Instance,
+    InstanceState,
+    Operation,
+    Peer,
+    Project,
+    Worker,
+)
 from recvirt.nestedcloud.central.specs import command_of
 from recvirt.nestedcloud.client.commands import own_keys
 from recvirt.nestedcloud.model import GIB, MIB, Fault, ImageSpec, Phase, Report
 from recvirt.nestedcloud.worker.errors import ActionError
 from recvirt.nestedcloud.worker.host import Host
 from recvirt.nestedcloud.worker.images import Images, QemuImages, SparseImages
-from tests.cloud.conftest import Cloud
+from tests.cloud.conftest import Cloud, make_worker
 
 WORKER = "0f0f0f0f-0000-4000-8000-000000000001"
 SIZE = 4 * MIB
@@ -259,6 +272,73 @@ def test_without_an_image_it_is_told_and_so_is_one_that_comes(cloud: Cloud, tmp_
     put(tmp_path / "p", qcow2())
     bundled.ensure_bundled(str(Worker.objects.get().uuid), "lab", tmp_path / "p")
     assert "being brought in" in str(launched(cloud).data)
+
+
+# -- a central node without a worker ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def far(db: None) -> Worker:
+    """The first worker that has joined, on a central node that has none."""
+    ensure_first_rows(None, "")
+    worker = make_worker("far", uuid=WORKER, features={"spool": spool.identity(settings.CONFIG.spool)})
+    Peer.objects.create(worker=worker, index=2, public_key="k", password_hash="h")
+    return worker
+
+
+def from_afar(folder: Path) -> list[str]:
+    return bundled.ensure_from_afar(PROJECT, folder)
+
+
+def test_the_first_worker_that_joins_brings_it_in_as_an_upload(far: Worker, tmp_path: Path) -> None:
+    data = qcow2(b"x" * (spool.PIECE_BYTES_MAX + 7))
+    told = put(tmp_path / "p", data)
+    assert from_afar(tmp_path / "p") == ["the image recvirt-guest is being brought in by far"]
+    assert from_afar(tmp_path / "p") == []
+    image, operation = Image.objects.get(), Operation.objects.get()
+    assert bundled.is_coming() and str(operation.worker_id) == str(image.worker_id) == WORKER
+    spec = command_of(operation).image
+    assert spec == ImageSpec(str(image.uuid), "qcow2", "", told["sha256"], len(data))
+    # On the worker, which has mounted the folder.
+    host = Host(str(uuid.uuid4()), "test", tmp_path / "images", tmp_path / "b", spool_dir=settings.CONFIG.spool)
+    host.images_dir.mkdir()
+    facts = SparseImages(host).bring_in(spec, lambda *_: None)
+    assert facts == {"sha256": told["sha256"], "virtual_bytes": SIZE}
+    assert spool.size(settings.CONFIG.spool, spec.uuid) == 0
+    end(Phase.SUCCEEDED, **facts)
+    assert Image.objects.get().state == ImageState.READY and from_afar(tmp_path / "p") == []
+
+
+def test_nobody_who_can_read_it_nothing_is_done(far: Worker, tmp_path: Path) -> None:
+    put(tmp_path / "p", qcow2())
+    Worker.objects.update(features={"spool": str(uuid.uuid4())})
+    assert from_afar(tmp_path / "p") == []
+    Worker.objects.update(features={"spool": spool.identity(settings.CONFIG.spool)}, last_seen=None)
+    assert from_afar(tmp_path / "p") == [] and not Image.objects.exists()
+    assert from_afar(tmp_path / "absent") == []
+
+
+def test_a_central_node_s_own_worker_does_it_by_itself(far: Worker, tmp_path: Path) -> None:
+    put(tmp_path / "p", qcow2())
+    make_worker("own")
+    assert from_afar(tmp_path / "p") == []
+
+
+def test_what_failed_is_tried_again_but_not_at_once(far: Worker, tmp_path: Path) -> None:
+    put(tmp_path / "p", qcow2())
+    from_afar(tmp_path / "p")
+    end(Phase.FAILED)
+    assert from_afar(tmp_path / "p") == []
+    Operation.objects.update(finished=timezone.now() - timedelta(minutes=11))
+    assert len(from_afar(tmp_path / "p")) == 1 and Operation.objects.count() == 2
+
+
+def test_a_file_that_is_not_as_it_says_is_told_and_leaves_nothing(far: Worker, tmp_path: Path) -> None:
+    put(tmp_path / "p", qcow2(), bytes=100)
+    (said,) = from_afar(tmp_path / "p")
+    assert "can't be handed to far" in said and not Image.objects.exists() and not Operation.objects.exists()
+    (tmp_path / "p/recvirt-guest.qcow2").unlink()
+    assert len(from_afar(tmp_path / "p")) == 1
 
 
 # -- a person's keys ---------------------------------------------------------------------------------------------------

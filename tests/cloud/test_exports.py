@@ -27,7 +27,8 @@ STOP = ("systemctl", "--no-block", "stop", "nfs-server.service")
 @pytest.fixture
 def numbered(machine: Machine) -> Machine:
     """A machine where users have the numbers that sysusers.d gives them."""
-    return replace(machine, owner_of=lambda _user: (641, 641), group_of=lambda _group: 642)
+    groups = {"recvirt-spool": 643}
+    return replace(machine, owner_of=lambda _user: (641, 641), group_of=lambda group: groups.get(group, 642))
 
 
 def listener(machine: Machine) -> Path:
@@ -46,6 +47,12 @@ def test_the_numbers_are_those_that_the_package_asks_for() -> None:
     text = data_path("packages", "recvirt-cloud", "root", "usr", "lib", "sysusers.d", "recvirt-cloud.conf").read_text()
     assert re.search(rf"(?m)^u recvirt-worker {exports.WORKER_UID} ", text)
     assert re.search(rf"(?m)^g recvirt-disks {exports.DISKS_GID}$", text)
+    assert re.search(rf"(?m)^g recvirt-spool {exports.SPOOL_GID}$", text)
+
+
+def test_uploads_are_not_shared_under_another_number(numbered: Machine) -> None:
+    exports.ensure(replace(numbered, group_of=lambda group: {"recvirt-spool": 990}.get(group, 642)), CLOUD)
+    assert "spool" not in table(numbered).read_text() and "images" in table(numbered).read_text()
 
 
 def test_broker_and_file_server_are_there_for_the_tunnel_alone(numbered: Machine, programs: Programs) -> None:
@@ -54,7 +61,9 @@ def test_broker_and_file_server_are_there_for_the_tunnel_alone(numbered: Machine
     assert f"listeners.tcp.tunnel = {address}:5672\n" in listener(numbered).read_text()
     assert exports.broker_host(numbered) == f"[{address}]"
     lines = table(numbered).read_text().splitlines()
-    assert [line.split()[0] for line in lines] == ["/var/lib/recvirt/images", "/var/lib/recvirt/blocks"]
+    assert [line.split()[0] for line in lines] == [
+        "/var/lib/recvirt/images", "/var/lib/recvirt/blocks", "/var/lib/recvirt-cloud-spool",
+    ]  # fmt: skip
     for line in lines:
         _, who = line.split()
         assert who.startswith(f"{prefix}(") and "root_squash" in who and "no_root_squash" not in who
@@ -107,8 +116,9 @@ def test_what_comes_from_a_file_server_is_not_handed_on(numbered: Machine, text:
     (numbered.root / "etc/recvirt/nfs.conf").write_text(text)
     exports.ensure(numbered, CLOUD)
     lines = table(numbered).read_text().splitlines() if table(numbered).exists() else []
-    assert [line.split()[0] for line in lines] == left
-    assert host(numbered).exists() == bool(left) and listener(numbered).exists()
+    # Uploads are always this machine's.
+    assert [line.split()[0] for line in lines] == [*left, "/var/lib/recvirt-cloud-spool"]
+    assert host(numbered).exists() and listener(numbered).exists()
 
 
 def test_a_file_server_that_user_data_name_later_takes_over(
@@ -123,7 +133,7 @@ def test_a_file_server_that_user_data_name_later_takes_over(
     (made.root / "etc/recvirt").mkdir(parents=True)
     (made.root / "etc/recvirt/nfs.conf").write_text("IMAGES_SOURCE=nas:/i\nBLOCKS_SOURCE=nas:/b\n")
     provision.setup(made)
-    assert not table(made).exists() and STOP in programs.named("systemctl")
+    assert [line.split()[0] for line in table(made).read_text().splitlines()] == ["/var/lib/recvirt-cloud-spool"]
     text = (data_path("packages") / "recvirt-cloud/root/usr/lib/systemd/system/recvirt-cloud-setup.service").read_text()
     assert "After=cloud-init.service cloud-init-network.service recvirt-nfs.service\n" in text
 

@@ -120,12 +120,13 @@ def test_one_command_makes_a_worker_of_a_machine(host: Host, root: APIClient) ->
     password = host.secrets()[0]
     assert config.broker == f"amqp://{config.uuid}:{password}@[{central}]:5672//" == host.urls
     assert credentials.opens(password, Peer.objects.get().password_hash)
-    assert (config.api, config.api_pinned, config.spool_dir) == (f"https://[{central}]", True, "")
+    assert (config.api, config.api_pinned, config.spool_dir) == (f"https://[{central}]", True, "/var/lib/recvirt/spool")
     assert Path(config.api_ca).read_text() == f"PEM {CERTIFICATE}"
     assert f"Endpoint = 192.0.2.7:{tunnel.PORT}" in host.synced and key_of("central") in host.synced
     assert (host.machine.root / "etc/recvirt/nfs.conf").read_text().splitlines() == [
         "# kept", "BLOCKS_SOURCE=a:/b", f"IMAGES_SOURCE=[{central}]:/var/lib/recvirt/images",
-        "IMAGES_OPTIONS=vers=4.2,hard",
+        "IMAGES_OPTIONS=vers=4.2,hard", f"SPOOL_SOURCE=[{central}]:/var/lib/recvirt-cloud-spool",
+        "SPOOL_OPTIONS=vers=4.2,hard",
     ]  # fmt: skip
     assert host.named("restart", "recvirt-nfs.service")
     units = [argv[-1] for argv in host.named("systemctl") if "recvirt-nfs.service" not in argv]
@@ -148,6 +149,9 @@ def test_the_generator_of_mounts_takes_what_is_written(host: Host, root: APIClie
     subprocess.run(["sh", str(script), str(out)], env=environment, check=True)
     unit = (out / "var-lib-recvirt-images.mount").read_text()
     assert f"What=[{tunnel.central_address(CLOUD)}]:/var/lib/recvirt/images" in unit and "vers=4.2,hard" in unit
+    unit = (out / "var-lib-recvirt-spool.mount").read_text()
+    assert f"What=[{tunnel.central_address(CLOUD)}]:/var/lib/recvirt-cloud-spool\n" in unit
+    assert (out / "remote-fs.target.wants/var-lib-recvirt-spool.automount").is_symlink()
 
 
 STEPS = ["wg genkey", "join", "wg syncconf", "address replace", "recvirt-nested-check", "recvirt-nfs.service", "enable"]
@@ -233,6 +237,128 @@ def test_without_nfs_its_file_is_left_alone(host: Host, root: APIClient) -> None
     before = (host.machine.root / "etc/recvirt/nfs.conf").read_text()
     go(host, invited(root), nfs=False)
     assert (host.machine.root / "etc/recvirt/nfs.conf").read_text() == before
+
+
+# --- where disks are
+
+
+def sources(host: Host) -> dict[str, str]:
+    lines = (host.machine.root / "etc/recvirt/nfs.conf").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+@pytest.fixture
+def bare(host: Host) -> Host:
+    """A machine whose disks are its own."""
+    (host.machine.root / "etc/recvirt/nfs.conf").write_text("IMAGES_SOURCE=\nBLOCKS_SOURCE=\n")
+    return host
+
+
+def test_disks_are_shared_if_that_is_wanted_and_stay_so(bare: Host, root: APIClient) -> None:
+    token = invited(root)
+    go(bare, token, disks="shared")
+    wanted = f"[{tunnel.central_address(CLOUD)}]:/var/lib/recvirt/blocks"
+    found = sources(bare)
+    assert (found["BLOCKS_SOURCE"], found["BLOCKS_OPTIONS"]) == (wanted, "vers=4.2,hard,lookupcache=positive")
+    # All in one go: a mount is not made twice.
+    assert len(bare.named("restart", "recvirt-nfs.service")) == 1
+    bare.running = "web-12345678"
+    for again in ("", "shared"):
+        go(bare, token, disks=again)
+    assert sources(bare) == found
+    join.leave(bare.machine, force=True)
+    assert sources(bare)["BLOCKS_SOURCE"] == sources(bare)["SPOOL_SOURCE"] == ""
+
+
+def test_disks_that_are_there_are_not_hidden(bare: Host, root: APIClient) -> None:
+    folder = bare.machine.root / "var/lib/recvirt/blocks"
+    folder.mkdir(parents=True)
+    (folder / "identity").write_text("x")
+    token = invited(root)
+    (folder / "0.qcow2").write_text("")
+    with pytest.raises(LinkError, match=r"1 disks lie in .*hidden: 0.qcow2"):
+        go(bare, token, disks="shared")
+    assert bare.asked == []
+    go(bare, token, disks="local")
+    (folder / "0.qcow2").unlink()
+    go(bare, token, disks="shared")
+    assert sources(bare)["BLOCKS_SOURCE"] != ""
+
+
+def test_shared_disks_that_are_used_are_not_left_behind(bare: Host, root: APIClient) -> None:
+    token = invited(root)
+    go(bare, token, disks="shared")
+    bare.running = "web-12345678"
+    with pytest.raises(LinkError, match="1 instances have their disks here: web-12345678"):
+        go(bare, token, disks="local")
+    bare.running = ""
+    go(bare, token, disks="local")
+    assert sources(bare)["BLOCKS_SOURCE"] == sources(bare)["BLOCKS_OPTIONS"] == ""
+
+
+def test_a_file_server_of_the_owner_s_stays(host: Host, root: APIClient) -> None:
+    token = invited(root)
+    with pytest.raises(LinkError, match="come from a:/b already") as caught:
+        go(host, token, disks="shared")
+    assert "--disks local" in caught.value.hint
+    go(host, token, disks="local")
+    assert sources(host)["BLOCKS_SOURCE"] == "a:/b"
+
+
+# --- another address of the central node
+
+NEW = "https://cloud.example.org"
+
+
+def test_the_central_node_is_found_at_another_url(member: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tunnel, "resolve", lambda _host, _port: "192.0.2.99")
+    monkeypatch.setattr(tunnel.up, "__defaults__", (tunnel.resolve,))
+    member.dead.add("tunnel")
+    join.move_central(member.machine, NEW, times=times())
+    assert membership.required(member.machine).url == NEW
+    config = tunnel.config(member.machine)
+    assert config is not None and config["central"]["host"] == "cloud.example.org"
+    assert f"Endpoint = 192.0.2.99:{tunnel.PORT}" in member.synced
+    # A session that was there before proves nothing.
+    assert member.named("ip", "link", "delete")
+    assert not join.refresh(member.machine)
+    for secret in member.secrets():
+        assert not [line for line in member.told if secret in line]
+
+
+def test_another_central_node_gets_no_password(member: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def another(place: Place, _fingerprint: str) -> str:
+        raise LinkError(f"{place} shows another certificate", "look", kind="fingerprint", status=ExitStatus.REFUSED)
+
+    monkeypatch.setattr(pinned, "certificate_of", another)
+    with pytest.raises(LinkError, match="another certificate"):
+        join.move_central(member.machine, NEW, times=times())
+    assert member.asked == [] and member.calls == [] and membership.required(member.machine).url == URL
+
+
+def test_a_certificate_that_has_changed_as_well_can_be_named(member: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(pinned, "certificate_of", lambda _place, wanted: shown.append(wanted) or "PEM")  # type: ignore[func-returns-value]
+    join.move_central(member.machine, NEW, fingerprint="cd" * 32, times=times())
+    assert shown[0] == "cd" * 32
+
+
+def test_another_cloud_with_this_worker_in_it_is_refused(member: Host) -> None:
+    config = read(member.machine.worker)
+    text = member.machine.worker.read_text().replace(config["cloud"], "11111111-1111-4111-8111-111111111111")
+    member.machine.worker.write_text(text)
+    with pytest.raises(LinkError, match="of another cloud"):
+        join.move_central(member.machine, NEW, times=times())
+    assert membership.required(member.machine).url == URL and not member.synced.count("cloud.example.org")
+
+
+def test_without_a_handshake_there_everything_is_as_it_was(member: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    member.handshake = False
+    with pytest.raises(LinkError, match="no handshake"):
+        join.move_central(member.machine, NEW, times=times())
+    config = tunnel.config(member.machine)
+    assert membership.required(member.machine).url == URL
+    assert config is not None and config["central"]["host"] == "192.0.2.7" and "still looked for" in member.told[-1]
 
 
 # --- afterwards
@@ -502,4 +628,20 @@ def test_the_invitation_reaches_what_joins(monkeypatch: pytest.MonkeyPatch) -> N
     assert CliRunner().invoke(main_group, words).exit_code == 0
     assert CliRunner().invoke(main_group, [*words, "--system-ca"]).exit_code == 0
     assert got[0][0] == Token("x" * 43, "ab" * 32) and got[1][0].fingerprint == ""
-    assert (got[0][1]["nfs"], got[0][1]["name"]) == (False, "shelf")
+    assert (got[0][1]["nfs"], got[0][1]["name"], got[0][1]["disks"]) == (False, "shelf", "")
+    done = CliRunner().invoke(main_group, [*words, "--disks", "shared"])
+    assert done.exit_code == ExitStatus.USAGE and "--no-nfs" in done.output
+    words.remove("--no-nfs")
+    assert CliRunner().invoke(main_group, [*words, "--disks", "shared"]).exit_code == 0
+    assert (got[-1][1]["nfs"], got[-1][1]["disks"]) == (True, "shared")
+
+
+def test_another_url_reaches_what_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[tuple[str, str]] = []
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(join, "move_central", lambda _machine, url, *, fingerprint: got.append((url, fingerprint)))
+    words = ["worker", "move-central", NEW]
+    assert CliRunner().invoke(main_group, words).exit_code == 0
+    assert CliRunner().invoke(main_group, [*words, "--fingerprint", "AB" * 32]).exit_code == 0
+    assert got == [(NEW, ""), (NEW, "ab" * 32)]
+    assert CliRunner().invoke(main_group, [*words, "--fingerprint", "x"]).exit_code == ExitStatus.USAGE

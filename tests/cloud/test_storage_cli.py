@@ -68,6 +68,10 @@ def test_an_upload_goes_on_where_it_was(asked: list[tuple[Any, ...]], tmp_path: 
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
+        (
+            ("volume", "allocate", "data", "--size", "1G", "--on", "w2"),
+            ("POST", "volumes", {"name": "data", "size_bytes": GIB, "filesystem": "ext4", "on": "w2"}),
+        ),
         (("volume", "attach", "data", "web"), ("POST", "volumes/data/attach", {"instance": "web"})),
         (("volume", "detach", "data"), ("POST", "volumes/data/detach", {})),
         (("volume", "resize", "data", "1G"), ("POST", "volumes/data/resize", {"size_bytes": GIB})),

@@ -13,7 +13,7 @@ from django.utils import timezone
 
 from recvirt.nestedcloud import spool
 from recvirt.nestedcloud.central import images, operations, reports, volumes
-from recvirt.nestedcloud.central.models import Image, Instance, Operation, Project, Volume, Worker
+from recvirt.nestedcloud.central.models import Image, Instance, Operation, Peer, Project, Volume, Worker
 from recvirt.nestedcloud.central.problems import NoCapacity, OperationActive, QuotaExceeded, Refused, WrongState
 from recvirt.nestedcloud.model import GIB, MIB, Command, Fault, Kind, Phase, Power, encode
 from tests.cloud.conftest import Cloud, client_of, make_user, make_worker
@@ -167,7 +167,7 @@ def test_an_attach_that_nobody_answered_keeps_its_volume(cloud: Cloud) -> None:
 def test_a_volume_on_another_worker_is_not_reached(cloud: Cloud) -> None:
     instance = launched(cloud)
     make_worker("w2", disk_bytes=200 * GIB)
-    with pytest.raises(Refused, match="data is on w2, and web on another worker"):
+    with pytest.raises(Refused, match="web is on w1, which can't reach data; these can: w2"):
         volumes.attach(allocated(cloud), instance, cloud.user)
 
 
@@ -355,6 +355,16 @@ def test_only_a_worker_that_sees_the_folder_reads_an_upload(cloud: Cloud, here: 
     begun(cloud, 3), put(cloud, "mine", b"abc")
     answer = cloud.client.post(cloud.url("images/mine/complete"), {}, format="json")
     assert answer.status_code == 503 and answer.data["type"] == "no-capacity"
+
+
+def test_an_upload_is_read_by_a_worker_elsewhere_where_there_is_none_here(cloud: Cloud, here: Path) -> None:
+    Peer.objects.create(worker=cloud.worker, index=2, public_key="k", password_hash="h")
+    begun(cloud, 3), put(cloud, "mine", b"abc")
+    done = cloud.client.post(cloud.url("images/mine/complete"), {}, format="json")
+    assert done.status_code == 202 and Image.objects.get(name="mine").worker == cloud.worker
+    # One on this host is nearer.
+    own = make_worker("z", features={"spool": spool.identity(here)})
+    assert images.reader_of_uploads() == own
 
 
 def test_a_piece_that_is_too_large_or_of_an_odd_place_is_refused(cloud: Cloud, here: Path) -> None:

@@ -78,6 +78,27 @@ def test_a_volume_that_is_not_there_leaves_the_instance_as_it_was(bench: Bench) 
     assert absent.uuid not in bench.connection.lookupByUUIDString(spec.uuid).XMLDesc(2)
 
 
+def test_two_workers_with_one_folder_hand_a_volume_on(bench: Bench, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "two").mkdir()
+    other = Bench(tmp_path / "two")
+    other.host.blocks_dir.rmdir()
+    other.host.blocks_dir.symlink_to(bench.host.blocks_dir)
+    assert bench.agent.heartbeat().features["pool"] == other.agent.heartbeat().features["pool"]
+    made = volume()
+    ask(bench, Kind.VOLUME_ALLOCATE, volume=made)
+    spec = other.launched(name="far")
+    assert ask(other, Kind.ATTACH, with_volume(spec, made), volume=made, slot=1).facts["attached"] is True
+    ask(other, Kind.DETACH, later(with_volume(spec, made), volumes=()), volume=made, slot=1)
+    larger = volume(uuid=made.uuid, generation=2, size_bytes=128 * MIB)
+    assert ask(other, Kind.VOLUME_RESIZE, volume=larger).facts["size_bytes"] == 128 * MIB
+    # What one has done, the other knows: a message that was late changes nothing and brings nothing back.
+    assert ask(bench, Kind.VOLUME_RESIZE, volume=made).fault is Fault.CONFLICT
+    assert ask(other, Kind.VOLUME_REMOVE, volume=larger).phase is Phase.SUCCEEDED
+    assert ask(bench, Kind.VOLUME_ALLOCATE, volume=made).fault is Fault.CONFLICT
+    assert not [name for name in bench.files() if name.startswith(made.uuid)]
+    other.connection.close()
+
+
 def test_clone_and_export_want_a_disk_that_keeps_still(bench: Bench) -> None:  # noqa: F811
     spec, copy, image = bench.launched(), instance(name="two"), ImageSpec(str(uuid.uuid4()))
     for kind, target, more in ((Kind.CLONE, copy, {"source": spec.uuid}), (Kind.EXPORT, spec, {"image": image})):

@@ -221,9 +221,15 @@ def test_who_has_joined_is_let_in_and_who_was_revoked_is_not(machine: Machine, p
     # A new key alone is no matter of the broker's.
     want(machine, account(ONE, public_key=key_of("new")), account(TWO))
     assert peers.apply(machine) and not programs.named("import_definitions") and key_of("new") in programs.synced
+    assert not tunnel.shut_out_path(machine).exists()
     want(machine, account(TWO), revoked=[ONE])
     assert peers.apply(machine)
     assert set(programs.accounts) == {TWO} and programs.synced.count("[Peer]") == 1
+    # The API may hear of it, and has nothing else to read there.
+    told = tunnel.shut_out_path(machine)
+    assert json.loads(told.read_text()) == [ONE] and stat.S_IMODE(told.stat().st_mode) == 0o644
+    told.unlink()
+    assert not peers.apply(machine) and json.loads(told.read_text()) == [ONE]
     # A list that does not know of it any more, or has it back: out is out.
     for accounts in ((account(TWO),), (account(TWO), account(ONE))):
         want(machine, *accounts)
@@ -247,6 +253,8 @@ def test_a_run_that_was_cut_short_is_finished_by_the_next(machine: Machine, prog
     if step == "wg syncconf":
         # A tunnel that is broken keeps nobody in at the broker.
         assert set(programs.accounts) == {TWO}
+    # As long as it may have a way in, nobody is told that it has none.
+    assert not tunnel.shut_out_path(machine).exists()
     programs.fails = ""
     assert peers.apply(machine) and not peers.apply(machine)
     assert set(programs.accounts) == {TWO} and key_of(TWO) in programs.synced and key_of(ONE) not in programs.synced

@@ -1,9 +1,10 @@
 """A second machine, of another image, as a worker of the first one's cloud: it joins, runs an instance, is lost and
-comes back, and is shut out.
+comes back, shares its disks, and is shut out.
 """
 
 from __future__ import annotations
 
+import secrets
 import shlex
 from typing import Any
 
@@ -14,6 +15,9 @@ from recvirt.accept.registry import check
 from recvirt.accept.results import Failed
 
 NAME, INSTANCE = "shelf-2", "far"
+VOLUME = "moved"
+#: The key to both instances of a volume's way, on the machine that runs each.
+_KEY = "/run/recvirt-instance-key"
 _MINUTES = 300
 
 
@@ -99,6 +103,83 @@ def lost_worker_is_told(guest: Guest) -> str:
     if worker.out("virsh -c qemu:///system list --name").split() != [domain]:
         raise Failed("libvirt runs something else on it")
     return f"away, then up; {domain} runs again"
+
+
+def _place_on(guest: Guest, name: str, instance: str) -> str:
+    """Launch an instance on the worker of that name; its address there."""
+    for row in cloud(guest, "worker", "list"):
+        cloud(guest, "worker", "undrain" if row["name"] == name else "drain", row["name"])
+    public = f"{_KEY}.pub"
+    operation(guest, "launch", instance, "--memory", "256M", "--ssh-key", public)
+    shown: dict[str, Any] = cloud(guest, "show", instance)
+    if shown["worker"] != name:
+        raise Failed(f"{instance} runs on {shown['worker']}")
+    return str(shown["address"])
+
+
+def _in(machine: Guest, address: str, command: str) -> str:
+    """The stdout of a command in an instance of this machine, once its SSH server answers."""
+    ssh = (
+        f"ssh -i {_KEY} -o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+        f" -o ConnectTimeout=20 root@{address} {shlex.quote(command)}"
+    )
+    said: list[str] = []
+
+    def done() -> bool:
+        found = machine.run(f"{ssh} || exit 1")
+        said[:] = [found.stdout.strip(), found.stderr.strip()]
+        return found.status == 0 and said[0] != ""
+
+    wait_for(machine, f"{command!r} in the instance at {address}", done, _MINUTES)
+    return said[0]
+
+
+def _share_key(guest: Guest, worker: Guest) -> None:
+    guest.out(f"test -e {_KEY} || ssh-keygen -q -t ed25519 -N '' -f {_KEY}; chmod 644 {_KEY}.pub")
+    text = guest.out(f"cat {_KEY}")
+    worker.out(f"umask 077; printf '%s\\n' {shlex.quote(text)} > {_KEY}")
+
+
+@check("worker-shares-volumes", "workers")
+def worker_shares_volumes(guest: Guest) -> str:
+    """What was written to a volume on the central machine is read from it on a worker that shares the disks"""
+    worker: Guest = guest.facts["worker"]
+    if INSTANCE in [row["name"] for row in cloud(guest, "list")]:
+        operation(guest, "delete", INSTANCE)
+    token = cloud(guest, "worker", "invite")["token"]
+    words = ["recvirt-cloud", "worker", "join", f"https://{CENTRAL_ADDRESS}", "--token", token, "--disks", "shared"]
+    said = worker.run(shlex.join(words), seconds=_MINUTES)
+    if said.status != 0:
+        raise Failed(f"joining again ended with status {said.status}: {(said.stderr or said.stdout).strip()[-600:]}")
+    worker.run("stat /var/lib/recvirt/blocks/.", seconds=_MINUTES)
+    source = worker.out("findmnt -n -t nfs4 -o SOURCE /var/lib/recvirt/blocks || :")
+    if not source.startswith("[fd"):
+        raise Failed(f"disks are mounted from {source!r}")
+
+    def share() -> bool:
+        rows = cloud(guest, "worker", "list")
+        return all(row["status"] != "away" and row["pool"] == rows[0]["pool"] != "" for row in rows)
+
+    wait_for(guest, "one pool for both workers", share, _MINUTES)
+    _share_key(guest, worker)
+    own = next(row["name"] for row in cloud(guest, "worker", "list") if row["name"] != NAME)
+    near = _place_on(guest, own, "near")
+    operation(guest, "volume", "allocate", VOLUME, "--size", "64M", "--on", own)
+    serial = cloud(guest, "volume", "show", VOLUME)["uuid"].replace("-", "")[:20]
+    device = f'cd /sys/class/block; for d in vd?; do [ "$(cat $d/serial)" = {serial} ] && echo /dev/$d; done; true'
+    mount = f"mkdir -p /mnt; mount -t ext4 $({device}) /mnt"
+    word = secrets.token_hex(16)
+    operation(guest, "volume", "attach", VOLUME, "near")
+    _in(guest, near, device)
+    _in(guest, near, f"{mount}; echo {word} > /mnt/word; umount /mnt; echo done")
+    operation(guest, "volume", "detach", VOLUME)
+    far = _place_on(guest, NAME, "far-shared")
+    operation(guest, "volume", "attach", VOLUME, "far-shared")
+    _in(worker, far, device)
+    found = _in(worker, far, f"{mount}; cat /mnt/word; umount /mnt")
+    if found != word:
+        raise Failed(f"the file on the volume holds {found!r}")
+    return f"disks from {source}; the same file on {own} and {NAME}"
 
 
 @check("revoked-worker-is-shut-out", "workers")

@@ -137,11 +137,20 @@ def place_bytes(wanted_bytes: int) -> Worker:
     return best[1]
 
 
-def check_worker_bytes(worker: Worker, wanted_bytes: int) -> None:
-    """NoCapacity unless this worker has so much disk left."""
-    reason, _ = _room_for_bytes(Worker.objects.select_for_update().get(pk=worker.pk), wanted_bytes)
+def check_worker_bytes(worker: Worker, wanted_bytes: int) -> Worker:
+    """The worker, locked. NoCapacity unless it has so much disk left."""
+    # Those that share its disks are locked as well, in one order: what is promised on any of them counts.
+    rows = Worker.objects.select_for_update().filter(Q(pk=worker.pk) | _mates(worker)).order_by("name")
+    locked = next(row for row in rows if row.pk == worker.pk)
+    reason, _ = _room_for_bytes(locked, wanted_bytes)
     if reason:
         raise NoCapacity(f"{worker.name} has no room: {reason}")
+    return locked
+
+
+def _mates(worker: Worker) -> Q:
+    """Who has its disks in the same folder, whether it may still use them or not."""
+    return Q(pool=worker.pool) & ~Q(pool="") & ~Q(pk=worker.pk)
 
 
 def _room_for_bytes(worker: Worker, wanted_bytes: int) -> tuple[str, int]:
@@ -149,7 +158,8 @@ def _room_for_bytes(worker: Worker, wanted_bytes: int) -> tuple[str, int]:
         return "it is away", 0
     if worker.draining:
         return "it is being emptied", 0
-    left = worker.disk_bytes - promised(worker, NOW_ON).disk_bytes - wanted_bytes
+    sharing = (worker, *Worker.objects.filter(_mates(worker)))
+    left = worker.disk_bytes - sum(promised(each, NOW_ON).disk_bytes for each in sharing) - wanted_bytes
     return (f"{-left} bytes of disk too few", left) if left < 0 else ("", left)
 
 

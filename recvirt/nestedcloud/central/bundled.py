@@ -2,7 +2,8 @@
 
 Beside each image lies a document with its name, format, digest and sizes. A digest is registered once: an administrator
 who deletes the image is not given it again, and a newer package's, which has another digest, takes over the name. The
-worker of this host copies and checks the file like any other one (``worker.images``).
+worker of this host copies and checks the file like any other one (``worker.images``); where there is none, the first
+worker that joins gets it as an upload.
 """
 
 from __future__ import annotations
@@ -11,12 +12,17 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from django.conf import settings
 from django.db import transaction
+from django.utils import timezone
 
+from recvirt.nestedcloud import spool
 from recvirt.nestedcloud.bundled import FILE_NAME, FOLDER, SCHEME
+from recvirt.nestedcloud.central import images
 from recvirt.nestedcloud.central.models import DiskFormat, Image, ImageState, Operation, Project, Worker
 from recvirt.nestedcloud.central.operations import digest_of, record
 from recvirt.nestedcloud.model import Kind, ModelError, check_name
@@ -25,6 +31,8 @@ from recvirt.nestedcloud.model import Kind, ModelError, check_name
 DEFAULT_NAME = "recvirt-guest"
 _FORMAT = 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+#: After a failure; what was in the way then may still be.
+_AGAIN = timedelta(minutes=10)
 #: Of a document, in bytes.
 _LARGEST = 65536
 
@@ -87,7 +95,37 @@ def ensure_bundled(worker_uuid: str, project_name: str, folder: Path = FOLDER) -
     return said
 
 
-def _ensure(bundled: Bundled, worker_uuid: str, project_name: str) -> bool:
+def ensure_from_afar(project_name: str, folder: Path = FOLDER) -> list[str]:
+    """The same on a central node without a worker: one on another machine reads them as uploads. Cheap to call often;
+    without such a worker nothing is done yet.
+    """
+    said: list[str] = []
+    has_own = Worker.objects.filter(peer=None, revoked=False).exists()
+    if has_own or not Project.objects.filter(name=project_name).exists():
+        return said
+    for found in find(folder):
+        reader = images.reader_of_uploads()
+        if reader is None or isinstance(found, str):
+            continue
+        try:
+            if _ensure(found, str(reader.pk), project_name, folder / found.file):
+                said.append(f"the image {found.name} is being brought in by {reader.name}")
+        except (OSError, spool.SpoolError) as error:
+            said.append(f"the image {found.name} can't be handed to {reader.name}: {error}")
+    return said
+
+
+def _hand_over(path: Path, image: Image, size_bytes: int) -> None:
+    """As an upload; the worker looks whether it is what it should be."""
+    with path.open("rb") as stream:
+        offset = 0
+        while piece := stream.read(spool.PIECE_BYTES_MAX):
+            spool.write(settings.CONFIG.spool, str(image.uuid), offset, piece, size_bytes)
+            offset += len(piece)
+
+
+def _ensure(bundled: Bundled, worker_uuid: str, project_name: str, upload: Path | None = None) -> bool:
+    """``upload`` is the file, where the worker does not have it."""
     with transaction.atomic():
         # The order of locks is project, image, as everywhere.
         project = Project.objects.select_for_update().get(name=project_name)
@@ -100,23 +138,27 @@ def _ensure(bundled: Bundled, worker_uuid: str, project_name: str) -> bool:
                 name=bundled.name, format=bundled.disk_format, wanted_sha256=bundled.sha256, worker=worker,
                 promised_bytes=bundled.virtual_bytes,
             )  # fmt: skip
-        elif _has_failed(image):
+        elif _has_failed(image, timezone.now() - _AGAIN if upload is not None else timezone.now()):
             image.state, image.worker, image.promised_bytes = ImageState.IMPORTING, worker, bundled.virtual_bytes
             image.save()
         else:
             return False
-        args = {
-            "url": f"{SCHEME}{bundled.file}", "largest_bytes": max(bundled.size_bytes, bundled.virtual_bytes),
-        }  # fmt: skip
+        args: dict[str, Any] = {"largest_bytes": max(bundled.size_bytes, bundled.virtual_bytes)}
+        if upload is None:
+            args["url"] = f"{SCHEME}{bundled.file}"
+        else:
+            _hand_over(upload, image, bundled.size_bytes)
         digest = digest_of(Kind.IMAGE_IMPORT, str(image.uuid), args)
         record(project, None, Kind.IMAGE_IMPORT, args, None, digest, worker=worker, image=image)
         return True
 
 
-def _has_failed(image: Image) -> bool:
+def _has_failed(image: Image, before: datetime) -> bool:
     """It never came in: a full disk, say. One that could not be removed is in the same state, and stays there."""
     last = image.operations.order_by("created").last()
-    return image.state == ImageState.FAILED and last is not None and last.kind == Kind.IMAGE_IMPORT
+    if image.state != ImageState.FAILED or last is None or last.kind != Kind.IMAGE_IMPORT:
+        return False
+    return last.finished is None or last.finished <= before
 
 
 def _make_room(name: str) -> None:

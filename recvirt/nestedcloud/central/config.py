@@ -45,6 +45,11 @@ class Config:
         return Path(self.spool_dir) if self.spool_dir else Path(self.state_dir) / "spool"
 
     @property
+    def shut_out_path(self) -> Path:
+        """Where root says which revoked workers reach nothing any more."""
+        return Path(self.tunnel_path).with_name("shut-out.json")
+
+    @property
     def secret_key(self) -> str:
         """What Django signs with."""
         try:

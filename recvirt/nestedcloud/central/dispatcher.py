@@ -16,7 +16,16 @@ from django.db import close_old_connections, connection, transaction
 from django.db.models import Q
 from django.utils import timezone
 
-from recvirt.nestedcloud.central import forward_reports, health, peers, reports, schedules, storage_reports
+from recvirt.nestedcloud.central import (
+    bundled,
+    forward_reports,
+    health,
+    peers,
+    reports,
+    schedules,
+    storage_reports,
+)
+from recvirt.nestedcloud.central.first import PROJECT
 from recvirt.nestedcloud.central.models import Event, Instance, InstanceState, Operation
 from recvirt.nestedcloud.central.reports import ATTEMPTS_MAX
 from recvirt.nestedcloud.central.specs import command_of
@@ -27,6 +36,8 @@ log = logging.getLogger(__name__)
 
 _LEASE_MAX_SECONDS = float(COMMAND_SECONDS)
 _BATCH = 50
+#: Between two looks whether a worker is there that brings in what packages have brought.
+_BUNDLED_SECONDS = 30.0
 
 #: Sends a command to a worker's queue.
 Publish = Callable[[str, Command], None]
@@ -109,6 +120,7 @@ def _give_up(operation: Operation, message: str, fault: Fault = Fault.TIMED_OUT)
 def run(publish: Publish, *, pause_seconds: float = 0.5, stop: Callable[[], bool] = lambda: False) -> None:
     """Until ``stop``. A database or a broker that is away is waited for, and told about once."""
     trouble = ""
+    next_look = time.monotonic()
     while not stop():
         try:
             close_old_connections()
@@ -116,6 +128,10 @@ def run(publish: Publish, *, pause_seconds: float = 0.5, stop: Callable[[], bool
             if peers.publish():
                 log.info("the list of workers on other machines has changed")
             busy = schedules.fire() + tick(publish)
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + _BUNDLED_SECONDS
+                for said in bundled.ensure_from_afar(PROJECT):
+                    log.info("%s", said)
             if trouble:
                 log.warning("it works again")
             trouble = ""

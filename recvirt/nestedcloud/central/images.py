@@ -8,6 +8,7 @@ from typing import Any
 from django.conf import settings
 from django.contrib.auth.models import User
 from django.db import transaction
+from django.db.models import F
 
 from recvirt.nestedcloud import spool
 from recvirt.nestedcloud.central import addressing, admission, specs
@@ -102,19 +103,20 @@ def finish_upload(image: Image, user: User | None, key: str | None = None) -> Op
         there = spool.size(settings.CONFIG.spool, str(locked.uuid))
         if there != locked.upload_bytes:
             raise Refused(f"{there} of {locked.upload_bytes} bytes were uploaded", there=there)
-        locked.worker = _worker_here()
+        locked.worker = reader_of_uploads()
+        if locked.worker is None:
+            raise NoCapacity("no worker that can read uploads is up: one on the API's host, or one that mounts them")
         locked.state = ImageState.IMPORTING
         locked.save()
         args = {"largest_bytes": locked.promised_bytes}
         return record(project, user, Kind.IMAGE_IMPORT, args, key, digest, worker=locked.worker, image=locked)
 
 
-def _worker_here() -> Worker:
+def reader_of_uploads() -> Worker | None:
+    """A worker that is up and sees the folder where uploads are, the one on this host before others."""
     mine = spool.identity(settings.CONFIG.spool)
-    for worker in Worker.objects.filter(revoked=False).order_by("name"):
-        if worker.is_up and worker.features.get("spool") == mine:
-            return worker
-    raise NoCapacity("no worker on the API's own host is up, and only that one can read uploads")
+    rows = Worker.objects.filter(revoked=False).order_by(F("peer__index").asc(nulls_first=True), "name")
+    return next((worker for worker in rows if worker.is_up and worker.features.get("spool") == mine), None)
 
 
 def remove(image: Image, project: Project, user: User | None, key: str | None = None) -> Operation:

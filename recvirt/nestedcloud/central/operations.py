@@ -219,11 +219,14 @@ def _record(
 def record(
     project: Project, user: User | None, kind: Kind, args: dict[str, Any], key: str | None, digest: str, *,
     worker: Worker | None, instance: Instance | None = None, volume: Volume | None = None, image: Image | None = None,
-    source: Instance | None = None,
+    source: Instance | None = None, settled: str = "",
 ) -> Operation:  # fmt: skip
-    """The row of an operation, and the event that it was asked for. WorkerRevoked when nobody would carry it out."""
+    """The row of an operation, and the event that it was asked for. WorkerRevoked when nobody would carry it out.
+
+    ``settled`` says why it has succeeded already, if it has: no worker is asked then.
+    """
     out_of_reach = worker is not None and worker.revoked
-    if worker is not None and out_of_reach and kind not in _REMOVALS:
+    if worker is not None and out_of_reach and kind not in _REMOVALS and not settled:
         raise WorkerRevoked(f"the worker {worker.name} was revoked: what is there can't be reached any more")
     target = volume or image or instance
     operation = Operation.objects.create(
@@ -237,8 +240,8 @@ def record(
         data={"kind": kind.value, "name": target.name if target is not None else "",
               **{what: str(row.uuid) for what, row in about.items() if row is not None}},
     )  # fmt: skip
-    if out_of_reach:
-        reports.forget(operation)
+    if settled or out_of_reach:
+        reports.settle(operation, settled or reports.FORGOTTEN)
     return operation
 
 

@@ -23,12 +23,25 @@ from recvirt.nestedcloud.central.models import (
     Operation,
     Worker,
 )
-from recvirt.nestedcloud.model import DomainFacts, Heartbeat, Kind, ModelError, Phase, Power, Report, decode
+from recvirt.nestedcloud.model import (
+    DomainFacts,
+    Heartbeat,
+    Kind,
+    ModelError,
+    Phase,
+    Power,
+    Report,
+    check_uuid,
+    decode,
+    encode,
+)
 
 log = logging.getLogger(__name__)
 
 #: After so many attempts without an answer an operation has failed.
 ATTEMPTS_MAX = 10
+#: What is said of a removal that no worker can carry out: what was there need not count against anybody.
+FORGOTTEN = "its worker was revoked: the cloud has forgotten it, and on the worker nothing was done"
 _STATE_OF_POWER = {
     Power.RUNNING: InstanceState.ON, Power.STOPPED: InstanceState.OFF, Power.SUSPENDED: InstanceState.SUSPENDED,
     Power.CRASHED: InstanceState.FAILED, Power.ABSENT: InstanceState.FAILED,
@@ -80,13 +93,17 @@ def _end(operation: Operation, report: Report) -> None:
     )  # fmt: skip
 
 
-def forget(operation: Operation) -> None:
-    """End a removal that no worker can carry out any more, as if it had been: what was there is out of reach, and need
-    not count against anybody. Called in the transaction that makes the operation.
+def settle(operation: Operation, why: str) -> None:
+    """End what no worker has to carry out, or can any more, as if it had been. Called in the transaction that makes the
+    operation.
     """
-    operation.phase, operation.progress = Phase.SUCCEEDED.value, 100
-    operation.message = "its worker was revoked: the cloud has forgotten it, and on the worker nothing was done"
-    _end(operation, Report(str(operation.pk), 0, str(operation.worker_id), Phase.SUCCEEDED))
+    operation.phase, operation.progress, operation.message = Phase.SUCCEEDED.value, 100, why
+    facts: dict[str, object] = {}
+    if operation.kind == Kind.DETACH and operation.instance is not None:
+        seen = operation.instance
+        domain = DomainFacts(str(seen.pk), Power(seen.power), seen.generation)
+        facts = {"attached": False, "domain": encode(domain)}
+    _end(operation, Report(str(operation.pk), 0, str(operation.worker_id), Phase.SUCCEEDED, facts=facts))
 
 
 def _was_given_up(operation: Operation, report: Report) -> bool:
@@ -167,6 +184,9 @@ def heard(beat: Heartbeat) -> list[str]:
         worker.last_seen = timezone.now()
         worker.vcpus, worker.memory_bytes, worker.disk_bytes = beat.vcpus, beat.memory_bytes, beat.disk_bytes
         worker.features, worker.protocol = dict(beat.features), beat.protocol
+        worker.pool = _pool_of(beat)
+        # What was made before workers said so.
+        worker.volumes.filter(pool="").update(pool=worker.pool)
     domains = {domain.uuid: domain for domain in beat.domains}
     known = set()
     passed_over = False
@@ -179,9 +199,17 @@ def heard(beat: Heartbeat) -> list[str]:
         worker.boot_id = beat.boot_id
     # Not the whole row: an administrator may have changed it meanwhile.
     worker.save(update_fields=[
-        "last_seen", "vcpus", "memory_bytes", "disk_bytes", "features", "protocol", "boot_id",
+        "last_seen", "vcpus", "memory_bytes", "disk_bytes", "features", "protocol", "boot_id", "pool",
     ])  # fmt: skip
     return sorted(set(domains) - known)
+
+
+def _pool_of(beat: Heartbeat) -> str:
+    """Which folder a worker's disks are in, as it says; nothing when it makes no sense."""
+    try:
+        return check_uuid(str(beat.features.get("pool", "")))
+    except ModelError:
+        return ""
 
 
 def _compare(key: uuid.UUID, domain: DomainFacts | None, restarted: bool) -> bool:

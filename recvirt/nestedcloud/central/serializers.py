@@ -62,7 +62,7 @@ class WorkerSerializer(serializers.ModelSerializer[Worker]):
         model = Worker
         fields = [
             "uuid", "name", "up", "status", "draining", "revoked", "last_seen", "vcpus", "memory_bytes", "disk_bytes",
-            "features", "peer",
+            "pool", "features", "peer",
         ]  # fmt: skip
 
 

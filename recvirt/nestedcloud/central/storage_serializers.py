@@ -53,7 +53,7 @@ class VolumeSerializer(serializers.ModelSerializer[Volume]):
         validators: tuple[Any, ...] = ()
         fields = [
             "uuid", "name", "state", "operation", "size_bytes", "format", "filesystem", "instance", "slot", "worker",
-            "snapshots", "created",
+            "pool", "snapshots", "created",
         ]  # fmt: skip
 
 
@@ -86,13 +86,27 @@ def _instance_called(project: Project, name: str) -> Instance:
 
 
 class AllocateSerializer(Strict):
-    """A new volume. ``near`` names the instance that it is for."""
+    """A new volume. ``near`` names the instance that it is for, or ``on`` the worker that makes it."""
 
     name = serializers.CharField(max_length=63, validators=[name_validator], trim_whitespace=False)
     size_bytes = serializers.IntegerField(min_value=MIB, max_value=2**62)
     format = serializers.ChoiceField(choices=DiskFormat.choices, default=DiskFormat.RAW.value)
     filesystem = serializers.ChoiceField(choices=Filesystem.choices, default=Filesystem.EXT4.value)
     near = serializers.CharField(required=False)
+    on = serializers.CharField(required=False)
+
+    def validate_on(self, name: str) -> Worker:
+        """A worker of that name that was not revoked."""
+        found = Worker.objects.filter(name=name, revoked=False).first()
+        if found is None:
+            raise serializers.ValidationError(f"there is no worker called {name}")
+        return found
+
+    def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
+        """One place."""
+        if "near" in attrs and "on" in attrs:
+            raise serializers.ValidationError("want either near or on")
+        return attrs
 
     def validate_near(self, name: str) -> Instance:
         """The project's instance of that name."""

@@ -115,6 +115,8 @@ class Worker(Row):
     features = models.JSONField(default=dict)
     boot_id = models.CharField(max_length=36, blank=True)
     protocol = models.PositiveIntegerField(default=0)
+    # Which folder its disks are in, as it says; another worker that says the same shares it.
+    pool = models.CharField(max_length=36, blank=True)
 
     @property
     def is_up(self) -> bool:
@@ -297,7 +299,8 @@ class VolumeState(models.TextChoices):
 
 
 class Volume(Row):
-    """A disk of its own, that outlives instances. ``worker`` holds it; ``instance`` has it, or will, in ``slot``.
+    """A disk of its own, that outlives instances. It lies in ``pool``; ``worker`` had a hand on it last; ``instance``
+    has it, or will, in ``slot``.
 
     ``promised_bytes`` is what is counted against the project's quota, with the copies that are its snapshots.
     """
@@ -307,6 +310,7 @@ class Volume(Row):
     instance = models.ForeignKey(Instance, null=True, blank=True, on_delete=models.PROTECT, related_name="volumes")
     slot = models.PositiveSmallIntegerField(null=True, blank=True)
     name = models.CharField(max_length=63, validators=[name_validator])
+    pool = models.CharField(max_length=36, blank=True)
     state = models.CharField(max_length=10, choices=VolumeState.choices, default=VolumeState.NEW)
     generation = models.PositiveIntegerField(default=1)
     size_bytes = models.PositiveBigIntegerField()

@@ -8,7 +8,7 @@ from typing import Any
 from django.contrib.auth.models import User
 from django.db import transaction
 
-from recvirt.nestedcloud.central import admission, specs
+from recvirt.nestedcloud.central import admission, pools, specs
 from recvirt.nestedcloud.central.models import (
     DiskFormat,
     Instance,
@@ -29,17 +29,14 @@ _SNAPSHOT_KINDS = (Kind.VOLUME_SNAPSHOT, Kind.VOLUME_REVERT, Kind.VOLUME_SNAPSHO
 _ATTACHABLE = (InstanceState.ON, InstanceState.OFF, InstanceState.SUSPENDED)
 
 
-def can_reach(worker: Worker, volume: Volume) -> bool:
-    """Whether a worker's instances can have a volume. Its files are on the worker that made it; where workers share
-    the folder of blocks, this is the one place to say so.
-    """
-    return volume.worker_id == worker.pk
-
-
 def allocate(project: Project, user: User | None, wish: Mapping[str, Any], key: str | None = None) -> Operation:
-    """A new volume. ``wish`` has name, size_bytes, format, filesystem, and perhaps near, the instance it is for."""
+    """A new volume. ``wish`` has name, size_bytes, format, filesystem, and perhaps near, the instance it is for, or on,
+    the worker that makes it.
+    """
     near: Instance | None = wish.get("near")
     plain = {**wish, "near": str(near.uuid) if near is not None else None}
+    if (on := wish.get("on")) is not None:
+        plain["on"] = str(on.uuid)
     digest = digest_of(Kind.VOLUME_ALLOCATE, "", plain)
     with transaction.atomic():
         Project.objects.select_for_update().get(pk=project.pk)
@@ -48,14 +45,14 @@ def allocate(project: Project, user: User | None, wish: Mapping[str, Any], key: 
         admission.check_quota(project, admission.Need(disk_bytes=wish["size_bytes"]))
         if project.volumes.filter(name=wish["name"]).exclude(state=VolumeState.DELETED).exists():
             raise Refused(f"there is a volume called {wish['name']}")
-        if near is not None and near.worker is not None:
-            admission.check_worker_bytes(near.worker, wish["size_bytes"])
-            worker = near.worker
+        chosen: Worker | None = on or (near.worker if near is not None else None)
+        if chosen is not None:
+            worker = admission.check_worker_bytes(chosen, wish["size_bytes"])
         else:
             worker = admission.place_bytes(wish["size_bytes"])
         volume = Volume.objects.create(
             project=project, worker=worker, name=wish["name"], size_bytes=wish["size_bytes"], format=wish["format"],
-            promised_bytes=wish["size_bytes"], filesystem=wish["filesystem"],
+            promised_bytes=wish["size_bytes"], filesystem=wish["filesystem"], pool=worker.pool,
         )  # fmt: skip
         _check(volume)
         return record(project, user, Kind.VOLUME_ALLOCATE, {}, key, digest, worker=worker, volume=volume)
@@ -92,6 +89,9 @@ def request(
             raise WrongState(f"{kind} is not for a volume that is {locked.state}", state=locked.state)
         if kind is Kind.DETACH and instance is None:
             raise WrongState(f"{locked.name} is attached to nothing", state=locked.state)
+        free = pools.why_free_already(locked, instance) if kind is Kind.DETACH and instance is not None else ""
+        if instance is None:
+            locked.worker = pools.hand_for(locked)
         checked = _checked(locked, instance, kind, args)
         locked.generation += 1
         locked.save()
@@ -100,7 +100,10 @@ def request(
             instance.generation += 1
             instance.save()
             checked["slot"] = locked.slot
-        return record(project, user, kind, checked, key, digest, worker=locked.worker, instance=instance, volume=locked)
+        return record(
+            project, user, kind, checked, key, digest, worker=locked.worker, instance=instance, volume=locked,
+            settled=free,
+        )  # fmt: skip
 
 
 def _instance_of(volume: Volume) -> Instance | None:
@@ -167,15 +170,17 @@ def attach(volume: Volume, instance: Instance, user: User | None, key: str | Non
             )
         if owner.state not in _ATTACHABLE:
             raise WrongState(f"attach is not for an instance that is {owner.state}", state=owner.state)
-        if owner.worker is None or not can_reach(owner.worker, locked):
+        if owner.worker is None or not pools.can_reach(owner.worker, locked):
+            where = owner.worker.name if owner.worker is not None else "none yet"
             raise Refused(
-                f"{locked.name} is on {locked.worker.name}, and {owner.name} on another worker that can't reach it"
+                f"{owner.name} is on {where}, which can't reach {locked.name}; these can: {pools.who_has(locked)}"
             )
+        pools.check_let_go(locked, owner.worker)
         taken = set(owner.volumes.values_list("slot", flat=True))
         slot = next((number for number in range(1, SLOT_MAX + 1) if number not in taken), None)
         if slot is None:
             raise Refused(f"{owner.name} has {SLOT_MAX} volumes, and that is the bound: detach one first")
-        locked.instance, locked.slot = owner, slot
+        locked.instance, locked.slot, locked.worker = owner, slot, owner.worker
         locked.generation += 1
         locked.save()
         owner.generation += 1

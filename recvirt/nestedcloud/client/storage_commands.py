@@ -41,20 +41,21 @@ def volume() -> None:
               help="The file system that is made in it.")  # fmt: skip
 @_format
 @click.option("--near", metavar="INSTANCE", help="The instance that it is for: it is made where that one is.")
+@click.option("--on", metavar="WORKER", help="The worker that makes it: it lies where that one has its disks.")
 @wait_option
 @timeout_option
 @json_option
-def allocate(name: str, size: int, fs: str, disk_format: str | None, near: str | None, wait: bool, timeout: float,
-             as_json: bool) -> None:  # fmt: skip
+def allocate(name: str, size: int, fs: str, disk_format: str | None, near: str | None, on: str | None, wait: bool,
+             timeout: float, as_json: bool) -> None:  # fmt: skip
     """Make a volume, with a file system in it.
 
     \b
     Examples:
       recvirt-cloud volume allocate data --size 20G --near web
-      recvirt-cloud volume allocate logs --size 2G --fs xfs --format qcow2
+      recvirt-cloud volume allocate logs --size 2G --fs xfs --format qcow2 --on shelf-2
     """
     body: dict[str, Any] = {"name": name, "size_bytes": size, "filesystem": fs}
-    body |= {key: value for key, value in (("format", disk_format), ("near", near)) if value is not None}
+    body |= {key: value for key, value in (("format", disk_format), ("near", near), ("on", on)) if value is not None}
     _post("volumes", body, wait, timeout, as_json)
 
 

@@ -104,7 +104,7 @@ def uninvite(uuid: str) -> None:
 worker_list = listing(
     "list", "workers", "List the workers.",
     (("NAME", "name"), ("STATUS", "status"), ("VCPUS", "vcpus"), ("MEMORY", "memory_bytes"), ("DISK", "disk_bytes"),
-     ("LAST SEEN", "last_seen")), scoped=False, program="worker list",
+     ("POOL", "pool"), ("LAST SEEN", "last_seen")), scoped=False, program="worker list",
 )  # fmt: skip
 
 

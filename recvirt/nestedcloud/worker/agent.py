@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from recvirt.nestedcloud.worker.errors import ActionError, UnreachableError
 from recvirt.nestedcloud.worker.graves import Graves
 from recvirt.nestedcloud.worker.hypervisor import Hypervisor, in_our_words
 from recvirt.nestedcloud.worker.locks import BusyError, alone
+from recvirt.nestedcloud.worker.places import Places
 from recvirt.nestedcloud.worker.site import Facts, Site
 from recvirt.nestedcloud.worker.storage import Storage, storage_error, sweep
 
@@ -66,6 +67,7 @@ class Agent:
     boot_id: str
     features: dict[str, Any]
     patience_seconds: float = 0.0
+    places: Places = field(default_factory=Places)
 
     def execute(self, command: Command, send: Callable[[Report], None]) -> Report:
         """Do it and return the last report, which is sent as well. BusyError when somebody else is at it."""
@@ -147,6 +149,7 @@ class Agent:
         vcpus, memory_bytes = self.hypervisor.capacity()
         return Heartbeat(
             self.uuid, self.name, self.boot_id, vcpus, memory_bytes,
-            shutil.disk_usage(self.hypervisor.host.blocks_dir).total, self.features, self.hypervisor.all_facts(),
+            shutil.disk_usage(self.hypervisor.host.blocks_dir).total,
+            {**self.features, **self.places.identities(self.hypervisor.host)}, self.hypervisor.all_facts(),
             self.hypervisor.seen_addresses(),
         )  # fmt: skip

@@ -1,4 +1,9 @@
-"""One hand at a time on each thing of a host. The kernel lets go of a lock when nobody holds its file any more."""
+"""One hand at a time on each thing of a host. The kernel lets go of a lock when nobody holds its file any more.
+
+The files are on the host (``run_dir``), also where its disks are shared: between two workers it is the central node
+that sees to it, by one active operation a volume and by asking another worker only when the last one has answered
+(``central.pools``).
+"""
 
 from __future__ import annotations
 

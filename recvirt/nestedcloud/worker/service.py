@@ -15,7 +15,6 @@ from typing import Any
 from celery import Celery
 from celery.signals import worker_ready, worker_shutting_down
 
-from recvirt.nestedcloud import spool
 from recvirt.nestedcloud.console import is_safe_url
 from recvirt.nestedcloud.model import Command, ModelError, check_name, check_uuid, decode
 from recvirt.nestedcloud.portmap import FOLDER_NAME
@@ -125,8 +124,6 @@ def make_agent(config: Config, *, connection: Any = None) -> Agent:
         # libvirt's test driver has none.
         "console": host.domain_type != "test", "forwards": host.forwards_dir is not None,
     }  # fmt: skip
-    if host.spool_dir is not None:
-        features["spool"] = spool.identity(host.spool_dir)
     return Agent(
         config.uuid, config.name, hypervisor, storage, Path(config.run_dir), boot_id(config), features,
         _PATIENCE_SECONDS,
