@@ -166,8 +166,8 @@ def test_journal(tmp_path: Path) -> None:
 
 
 def test_growth(tmp_path: Path) -> None:
-    assert "4.8" in run(tmp_path, "root-grown", {"stat -f": str(int(4.8 * 1024**3))})
-    rejects(tmp_path, "root-grown", {"stat -f": str(int(3.8 * 1024**3))}, "3.80 GiB")
+    assert "4.8" in run(tmp_path, "root-grown", {"stat -f": f"{int(4.8 * 1024**2)} 1024"})
+    rejects(tmp_path, "root-grown", {"stat -f": f"{int(3.8 * 1024**2)} 1024"}, "3.80 GiB")
 
 
 def test_nfs_is_skipped_only_where_no_mounts_are_promised(tmp_path: Path) -> None:

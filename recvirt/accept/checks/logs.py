@@ -68,8 +68,8 @@ def no_crashes(guest: Guest) -> str:
 
 #: Below /var/log: what may be there after a first boot. Patterns of whole paths.
 LOGS_ALLOWED = (
-    r"journal/.*", r"cloud-init(-output)?\.log", r"wtmp(\.db)?", r"btmp", r"lastlog", r"README", r"private/.*",
-    r"libvirt/.*", r"swtpm/.*", r"unattended-upgrades/.*", r"apt/(history\.log|term\.log|eipp\.log\.xz)",
+    r"journal/.*", r"cloud-init(-output)?\.log", r"wtmp(\.db)?", r"btmp", r"lastlog", r"faillog", r"README",
+    r"private/.*", r"libvirt/.*", r"swtpm/.*", r"unattended-upgrades/.*", r"apt/(history\.log|term\.log|eipp\.log\.xz)",
     r"vmware-.*\.log", r"alternatives\.log", r"dpkg\.log", r"sysstat/.*", r"chrony/.*",
 )  # fmt: skip
 #: Of those, what must not tell of the build: empty, or only lines of this boot.

@@ -19,7 +19,9 @@ _VOLUME_BYTES = 64 * 1024**2
 
 
 def _root_bytes(guest: Guest) -> int:
-    return int(guest.out("stat -f -c '%b %S' / | awk '{print $1 * $2}'"))
+    # Multiplied here: older awks print such numbers as 5.1e+09.
+    blocks, block_bytes = guest.out("stat -f -c '%b %S' /").split()
+    return int(blocks) * int(block_bytes)
 
 
 @check("root-grown", "first")
