@@ -104,11 +104,14 @@ class OpenStack(Provider[OpenStackConfig]):
             path = f"images?{following.partition('?')[2]}" if following else ""
         return found
 
+    def _living(self) -> list[dict[str, Any]]:
+        """Our images of this digest that are there or on their way."""
+        found = self._list(recvirt_digest=self.job.image.sha256)
+        return [i for i in found if i["status"] not in ("killed", "deleted")]
+
     def _ours(self) -> dict[str, Any] | None:
         """Our image: the oldest that is whole, else the oldest that is on its way."""
-        found = self._list(recvirt_digest=self.job.image.sha256)
-        found = [i for i in found if i["status"] not in ("killed", "deleted")]
-        return min(found, key=lambda i: (i["status"] != "active", i["created_at"], i["id"]), default=None)
+        return min(self._living(), key=lambda i: (i["status"] != "active", i["created_at"], i["id"]), default=None)
 
     # --- publishing
 
@@ -203,12 +206,16 @@ class OpenStack(Provider[OpenStackConfig]):
             pause = min(pause * 1.5, 10.0)
 
     def _without_twin(self, mine: dict[str, Any]) -> dict[str, Any]:
-        """Two publishers at once on two machines made two: the older stays."""
-        oldest = self._ours() or mine
-        if oldest["id"] != mine["id"]:
-            reporter.warn(f"another publisher was quicker: image {oldest['id']} stays, {mine['id']} goes")
-            self._call("delete the twin", "DELETE", f"images/{mine['id']}", ok=(204, 404))
-        return oldest
+        """Two publishers at once on two machines made two: the one that was whole first stays.
+
+        Not the one that was begun first: its publisher may still be sending when the other has its receipt already.
+        """
+        whole = [i for i in self._living() if i["status"] == "active"]
+        first = min(whole, key=lambda i: (i["updated_at"], i["id"]), default=mine)
+        for twin in (i for i in whole if i["id"] != first["id"]):
+            reporter.warn(f"another publisher was quicker: image {first['id']} stays, {twin['id']} goes")
+            self._call("delete the twin", "DELETE", f"images/{twin['id']}", ok=(204, 404))
+        return first
 
     def _compare(self, there: dict[str, Any]) -> None:
         image = self.job.image
