@@ -82,8 +82,10 @@ def test_foreign_keys(tmp_path: Path) -> None:
 
 
 def test_private_keys(tmp_path: Path) -> None:
-    assert run(tmp_path, "no-private-keys", {"grep": "/etc/ssh/ssh_host_ed25519_key\n"})
-    rejects(tmp_path, "no-private-keys", {"grep": "/etc/ssl/private/ssl-cert-snakeoil.key\n"}, "snakeoil")
+    own = "1000\n1030 /etc/ssh/ssh_host_ed25519_key\n1040 /etc/ssl/private/ssl-cert-snakeoil.key\n"
+    assert "2 of this boot" in run(tmp_path, "no-private-keys", {"grep": own})
+    rejects(tmp_path, "no-private-keys", {"grep": own.replace("1040", "900")}, "snakeoil.key (older than this boot)")
+    rejects(tmp_path, "no-private-keys", {"grep": own + "1030 /etc/x y.key\n"}, "/etc/x y.key")
 
 
 def test_host_key_modes(tmp_path: Path) -> None:
@@ -147,10 +149,13 @@ def test_kernel_log(tmp_path: Path) -> None:
 
 
 def test_log_files(tmp_path: Path) -> None:
-    good = "journal/abc/system.journal 800\ncloud-init.log 5\ndpkg.log 0\nwtmp 0\n"
-    assert run(tmp_path, "log-files", {"find": good})
-    rejects(tmp_path, "log-files", {"find": good + "bootstrap.log 99\n"}, "bootstrap.log")
-    rejects(tmp_path, "log-files", {"find": good.replace("dpkg.log 0", "dpkg.log 7")}, "dpkg.log")
+    good = "1000\n1030.5 800 journal/abc/system.journal\n9.5 0 dpkg.log\n1030.5 7 nginx/error.log\n"
+    assert run(tmp_path, "log-files", {"find": good}) == "3 files"
+    rejects(tmp_path, "log-files", {"find": good + "9.5 99 bootstrap.log\n"}, "bootstrap.log")
+    rejects(tmp_path, "log-files", {"find": good.replace("0 dpkg.log", "7 dpkg.log")}, "dpkg.log")
+    rejects(
+        tmp_path, "log-files", {"find": good.replace("1030.5 7", "9.5 7")}, "nginx/error.log (older than this boot)"
+    )
 
 
 def test_caches(tmp_path: Path) -> None:

@@ -72,18 +72,26 @@ LOGS_ALLOWED = (
     r"private/.*", r"libvirt/.*", r"swtpm/.*", r"unattended-upgrades/.*", r"apt/(history\.log|term\.log|eipp\.log\.xz)",
     r"vmware-.*\.log", r"alternatives\.log", r"dpkg\.log", r"sysstat/.*", r"chrony/.*",
 )  # fmt: skip
-#: Of those, what must not tell of the build: empty, or only lines of this boot.
+#: Of the cloud's services; they have to be of this boot.
+SERVICE_LOGS = (r"postgresql/.*", r"nginx/.*", r"rabbitmq/.*", r"recvirt-cloud/.*")
+#: Of those above, what must not tell of the build: empty, or only lines of this boot.
 _BUILD_LOGS = ("dpkg.log", "alternatives.log", "apt/history.log", "apt/term.log")
 
 
 @check("log-files", "first")
 def log_files(guest: Guest) -> str:
     """/var/log holds only files of this boot, none of the build"""
-    rows = guest.out("find /var/log -xdev -type f -printf '%P %s\\n'").splitlines()
+    booted, *rows = guest.out(
+        "sed -n 's/^btime //p' /proc/stat; find /var/log -xdev -type f -printf '%T@ %s %P\\n'"
+    ).splitlines()
     wrong = []
     for row in rows:
-        path, size = row.rsplit(" ", 1)
-        if not any(re.fullmatch(pattern, path) for pattern in LOGS_ALLOWED):
+        changed, size, path = row.split(" ", 2)
+        if any(re.fullmatch(pattern, path) for pattern in SERVICE_LOGS):
+            # An empty one came with its package.
+            if int(size) > 0 and float(changed) < int(booted):
+                wrong.append(f"{path} (older than this boot)")
+        elif not any(re.fullmatch(pattern, path) for pattern in LOGS_ALLOWED):
             wrong.append(path)
         elif path in _BUILD_LOGS and int(size) > 0:
             wrong.append(f"{path} ({size} bytes of the build)")
