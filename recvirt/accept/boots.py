@@ -49,7 +49,7 @@ CUT_AFTER_BYTES = (1, 3 * 1024**2, 10 * 1024**2)
 CUT_AT_WORD = "running 'modules:final'"
 #: A console without a new word for so long is that of a guest that hangs (scaled like all limits).
 SILENCE_SECONDS = 75.0
-#: Boots that are begun before an emulator that loses interrupts is given up.
+#: Boots that are begun before an emulator that loses interrupts, or aborts, is given up.
 EMULATOR_TRIES = 3
 #: Outer limit of a whole scene, as a multiple of a boot.
 _SCENE_BOOTS = 8
@@ -104,7 +104,7 @@ def booted(
 ) -> Iterator[Guest]:
     """Boot an overlay and wait until SSH works and systemd has settled.
 
-    A boot that the emulator brought to a stand is begun anew, from the overlay as it was before.
+    A boot that the emulator brought to a stand or broke off is begun anew, from the overlay as it was before.
     """
     folder = acceptance.work_dir / name
     seed = make_data(acceptance.tools, cloud, folder)

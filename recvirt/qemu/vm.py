@@ -137,17 +137,23 @@ class Vm:
     def error(self, message: str) -> GuestError:
         """A GuestError with the last lines of the console and of QEMU itself."""
         lines = [f"  | {line}" for line in self.console_text().splitlines() if line.strip()][-_TAIL_LINES:]
-        log = self.folder / QEMU_LOG
-        qemu = log.read_text(errors="replace").strip().splitlines()[-5:] if log.exists() else []
+        qemu = self._qemu_words().strip().splitlines()[-5:]
         text = message + ("\n  last lines of the console:\n" + "\n".join(lines) if lines else "; its console is empty")
         text += "".join(f"\n  QEMU: {line}" for line in qemu)
         return GuestError(text, hint=f"the whole console log: {self.console_path}")
+
+    def _qemu_words(self) -> str:
+        log = self.folder / QEMU_LOG
+        return log.read_text(errors="replace") if log.exists() else ""
 
     def check_alive(self) -> None:
         """GuestError when QEMU has ended, or has stopped the guest for good (which looks like silence otherwise)."""
         status = self.process.poll()
         if status is not None:
-            raise self.error(f"the virtual machine ended by itself (QEMU's status {status})")
+            error = self.error(f"the virtual machine ended by itself (QEMU's status {status})")
+            if stuck.gave_itself_up(status, self._qemu_words()):
+                raise stuck.EmulatorError(error.message, hint="QEMU broke, not the image: run it again")
+            raise error
         if time.monotonic() < self._next_status:
             return
         self._next_status = time.monotonic() + _STATUS_SECONDS

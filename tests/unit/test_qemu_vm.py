@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -103,6 +104,28 @@ def test_a_processor_that_sleeps_with_an_interrupt_in_service_is_the_emulators_f
     with running(tools, spec, tmp_path / "sound") as vm, pytest.raises(GuestError) as third:
         vm.wait_for("login:", 1)
     assert not isinstance(other.value, EmulatorError) and not isinstance(third.value, EmulatorError)
+
+
+@pytest.mark.parametrize(
+    ("words", "number", "its_own"),
+    [
+        ("hw/pci/msix.c:228: msix_table_mmio_write: Assertion `addr + size <= 16' failed.\n", signal.SIGABRT, True),
+        ("ERROR:accel/tcg/cpu-exec.c:9:cpu_exec: assertion failed: (cpu == current_cpu)\n", signal.SIGABRT, True),
+        ("error: failed to set MSR 0x48 to 0x0\n", signal.SIGABRT, False),
+        ("x: Assertion `y' failed.\n", signal.SIGKILL, False),
+    ],
+)
+def test_an_assertion_of_qemus_own_is_the_emulators_fault(
+    tools: FakeTools, tmp_path: Path, words: str, number: int, its_own: bool
+) -> None:
+    with running(tools, MachineSpec(), tmp_path / "vm") as vm, pytest.raises(GuestError) as caught:
+        with (tmp_path / "vm" / vm_module.QEMU_LOG).open("a") as stream:
+            stream.write(words)
+        vm.process.send_signal(number)
+        vm.process.wait()
+        vm.check_alive()
+    assert isinstance(caught.value, EmulatorError) == its_own
+    assert words.strip() in caught.value.message
 
 
 def test_a_boot_that_the_emulator_lost_is_begun_anew_from_the_same_disk(
