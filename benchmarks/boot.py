@@ -201,4 +201,13 @@ def _parts(boot: Boot, first: str) -> str:
 def time_row(what: str, timed: dict[str, list[list[Boot]]], which: int, limit: float | None, note: str) -> Row:
     """A row of seconds on the host from power-on: firmware, boot loader and unpacking the kernel are in it."""
     mine, other = (statistics.median(one[which].host_seconds for one in timed[name]) for name in (OURS, STOCK))
-    return Row.ratio(what, mine, other, "s", limit, note)
+    parts = "; ".join(f"{name}: {_middle_parts([one[which] for one in timed[name]])}" for name in (OURS, STOCK))
+    return Row.ratio(what, mine, other, "s", limit, f"{note}; {parts}")
+
+
+def _middle_parts(found: list[Boot]) -> str:
+    """Where the time of the middle one went; both run the same user space."""
+    boot = sorted(found, key=lambda one: one.host_seconds)[len(found) // 2]
+    total, kernel = boot.multi_user_ns / 1e9, boot.kernel_ns / 1e9
+    before = boot.host_seconds - total
+    return f"firmware and loader {before:.1f} s, kernel {kernel:.1f} s, user space {total - kernel:.1f} s"

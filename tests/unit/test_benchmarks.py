@@ -273,6 +273,16 @@ def test_a_timed_boot_is_an_ordinary_one() -> None:
     assert words[words.index("-smp") + 1] == "2"
 
 
+def test_the_time_of_the_middle_boot_is_taken_apart() -> None:
+    def boots(*seconds: float) -> list[list[boot.Boot]]:
+        return [[boot.Boot("r", 2_000_000_000, 12_000_000_000, 0, one)] for one in seconds]
+
+    row = boot.time_row("x", {boot.OURS: boots(30, 15, 16), boot.STOCK: boots(20, 32, 40)}, 0, 0.6, "TCG")
+    assert (row.mine, row.other, row.met) == ("16.0 s", "32.0 s", True)
+    mine = "firmware and loader 4.0 s, kernel 2.0 s, user space 10.0 s"
+    assert row.note == f"TCG; default: {mine}; debian-kernel: {mine.replace('4.0', '20.0')}"
+
+
 def test_the_report_has_a_serial_port_of_its_own() -> None:
     words = boot.boot_argv(boot.machine(Path("/o.qcow2"), Path("/i.qcow2"), icount=True), icount=True)
     ports = [words[i + 1] for i, word in enumerate(words) if word == "-serial"]
