@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,12 @@ class Guest:
 
     def reboot(self) -> float:
         """Ask systemd for a reboot and wait until the new system has settled; the seconds until SSH is back."""
-        return self._again(lambda _vm: self.out("systemctl --no-block reboot"))
+        return self._again(lambda _vm: self._ask_for_reboot())
+
+    def _ask_for_reboot(self) -> None:
+        # The guest may cut the connection before the answer has come: whether it went down shows when it is back.
+        with suppress(GuestError):
+            self.out("systemctl --no-block reboot")
 
     def reset(self) -> float:
         """Begin anew from one instruction to the next, as after a power cut: the guest learns nothing of it.

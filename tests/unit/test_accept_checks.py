@@ -15,6 +15,7 @@ from recvirt.accept.checks import logs, nestedcloud, promises, security, storage
 from recvirt.accept.context import Promises
 from recvirt.accept.registry import all_checks
 from recvirt.accept.results import Failed, Skipped
+from recvirt.errors import GuestError
 from tests.support.fake_guest import acceptance, guest
 
 CHECKS = {item.name: item for item in all_checks()}
@@ -359,3 +360,21 @@ def test_a_central_node_is_healthy_without_workers(
     else:
         with pytest.raises(pytest.fail.Exception):
             nestedcloud.cloud_is_set_up(looked_at)
+
+
+def test_a_reboot_may_cut_its_own_answer_off_but_not_be_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def cut(command: str) -> str:
+        asked.append(command)
+        raise GuestError("SSH to the guest failed")
+
+    machine = guest(tmp_path, {})
+    monkeypatch.setattr(machine, "out", cut)
+    machine._ask_for_reboot()
+    assert asked == ["systemctl --no-block reboot"]
+    refused = guest(tmp_path, {"reboot": (1, "denied")})
+    with pytest.raises(Failed, match="denied"):
+        refused._ask_for_reboot()
