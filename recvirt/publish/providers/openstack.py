@@ -95,7 +95,7 @@ class OpenStack(Provider[OpenStackConfig]):
         return None if answer.status_code == 404 else dict(answer.json())
 
     def _list(self, **filters: str) -> list[dict[str, Any]]:
-        query = urllib.parse.urlencode({"tag": _TAG, "limit": "100", **filters})
+        query = urllib.parse.urlencode({"limit": "100", **filters})
         path, found = f"images?{query}", []
         while path:
             data = self._call("list images", "GET", path, ok=(200,)).json()
@@ -105,13 +105,14 @@ class OpenStack(Provider[OpenStackConfig]):
         return found
 
     def _living(self) -> list[dict[str, Any]]:
-        """Our images of this digest that are there or on their way."""
+        """Our images of this digest that are there or on their way; the tag comes last, and may be missing."""
         found = self._list(recvirt_digest=self.job.image.sha256)
         return [i for i in found if i["status"] not in ("killed", "deleted")]
 
     def _ours(self) -> dict[str, Any] | None:
         """Our image: the oldest that is whole, else the oldest that is on its way."""
-        return min(self._living(), key=lambda i: (i["status"] != "active", i["created_at"], i["id"]), default=None)
+        found = [i for i in self._living() if _TAG in i["tags"]]
+        return min(found, key=lambda i: (i["status"] != "active", i["created_at"], i["id"]), default=None)
 
     # --- publishing
 
@@ -129,8 +130,14 @@ class OpenStack(Provider[OpenStackConfig]):
         image, sent = self.job.image, 0
         there = self._ours()
         if there is None or there["status"] != "active":
-            there = self._send(there or self._create())
-            sent = image.file_bytes
+            mine = there or self._create()
+            try:
+                there, sent = self._send(mine), image.file_bytes
+            except PublishError:
+                # Another publisher, whose image was whole before, took ours away.
+                there = self._ours()
+                if there is None or there["status"] != "active" or there["id"] == mine["id"]:
+                    raise
             there = self._without_twin(there)
         self._compare(there)
         return Published(
@@ -209,10 +216,13 @@ class OpenStack(Provider[OpenStackConfig]):
         """Two publishers at once on two machines made two: the one that was whole first stays.
 
         Not the one that was begun first: its publisher may still be sending when the other has its receipt already.
+        What has no data yet goes too: another publisher's (who finds this one instead), or what a request left behind
+        whose answer was an error.
         """
-        whole = [i for i in self._living() if i["status"] == "active"]
+        found = self._living()
+        whole = (i for i in found if i["status"] == "active" and _TAG in i["tags"])
         first = min(whole, key=lambda i: (i["updated_at"], i["id"]), default=mine)
-        for twin in (i for i in whole if i["id"] != first["id"]):
+        for twin in (i for i in found if i["id"] != first["id"] and i["status"] in ("active", "queued")):
             reporter.warn(f"another publisher was quicker: image {first['id']} stays, {twin['id']} goes")
             self._call("delete the twin", "DELETE", f"images/{twin['id']}", ok=(204, 404))
         return first
@@ -240,7 +250,7 @@ class OpenStack(Provider[OpenStackConfig]):
                 datetime.fromisoformat(str(i["created_at"]).replace("Z", "+00:00")),
                 in_use=True if i.get("protected") else None,
             )
-            for i in self._list()
+            for i in self._list(tag=_TAG)
             if "recvirt_digest" in i
         ]  # fmt: skip
 
