@@ -224,7 +224,8 @@ class OpenStack(Provider[OpenStackConfig]):
         first = min(whole, key=lambda i: (i["updated_at"], i["id"]), default=mine)
         for twin in (i for i in found if i["id"] != first["id"] and i["status"] in ("active", "queued")):
             reporter.warn(f"another publisher was quicker: image {first['id']} stays, {twin['id']} goes")
-            self._call("delete the twin", "DELETE", f"images/{twin['id']}", ok=(204, 404))
+            # One that is protected, in use or another project's stays.
+            self._call("delete the twin", "DELETE", f"images/{twin['id']}", ok=(204, 403, 404, 409))
         return first
 
     def _compare(self, there: dict[str, Any]) -> None:
