@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.l2_exit import SWITCHES
 from benchmarks.measure import say, wait_for_quiet
 from benchmarks.results import Result, Row
 from benchmarks.workplace import Site
@@ -26,10 +27,13 @@ OURS, STOCK = "default", "debian-kernel"
 _LIMIT = 0.6
 _TIMEOUT_SECONDS = 3600.0
 _MARK = "recvirt-bench"
+_UNIT = f"{_MARK}.service"
 _TICK_NS = 10_000_000  # USER_HZ is 100 on x86 (proc_stat(5))
+_BUSIEST = 3  # services that a row names
 #: Instructions repeat, so that one nanosecond is one of them; no sleeping while idle; no hardware randomness.
 _ICOUNT = ("-icount", "shift=0,sleep=off,align=off", "-rtc", "clock=vm")
 _ICOUNT_CPU = "max,-rdrand,-rdseed"
+_NO_CHANGE = {"page_table_check off"}  # how it is without a word
 
 #: After multi-user.target, and wanted by it. The port is opened by the shell alone, so that nothing hangs it up.
 REPORT_UNIT = """[Unit]
@@ -62,6 +66,7 @@ class Boot:
     multi_user_ns: int
     idle_ns: int  # of all that, waiting for a timer or a device; to 10 ms
     host_seconds: float
+    services: tuple[tuple[str, float], ...] = ()  # and the processor seconds of each, most first
 
     @property
     def instructions(self) -> int:
@@ -97,7 +102,10 @@ def boot_argv(spec: MachineSpec, *, icount: bool) -> list[str]:
 
 def parse_report(lines: list[str], host_seconds: float) -> Boot:
     """The report's lines as figures. GuestError when the boot was not a sound one."""
-    values = dict(re.findall(r"^(\w+)=(\S+)\s*$", "\n".join(lines), re.M))
+    text = "\n".join(lines)
+    values = dict(re.findall(r"^(\w+)=(\S+)\s*$", text, re.M))
+    used = re.findall(r"^CPUUsageNSec=(\d+)\nId=(\S+)\.service$", text, re.M)
+    services = sorted(((name, int(ns) / 1e9) for ns, name in used), key=lambda one: -one[1])
     try:
         userspace, multi_user = int(values["UserspaceTimestampMonotonic"]), int(values["ActiveEnterTimestampMonotonic"])
         release, failed, idle = values["Release"], int(values["Failed"]), int(values["IdleTicks"])
@@ -105,7 +113,8 @@ def parse_report(lines: list[str], host_seconds: float) -> Boot:
         raise GuestError(f"the guest's report is not whole ({error}): {' | '.join(lines)}") from None
     if failed or not multi_user:
         raise GuestError(f"the boot was not a sound one: {failed} failed units; its report: {' | '.join(lines)}")
-    return Boot(release, userspace * 1000, multi_user * 1000, idle * _TICK_NS, host_seconds)
+    busiest = tuple(one for one in services if f"{one[0]}.service" != _UNIT)[:_BUSIEST]
+    return Boot(release, userspace * 1000, multi_user * 1000, idle * _TICK_NS, host_seconds, busiest)
 
 
 def boot_once(tools: ToolsRoot, image: Path, overlay: Path, *, icount: bool, log_path: Path) -> Boot:
@@ -181,6 +190,27 @@ def benchmark(site: Site) -> Result:
     return Result("boot", rows, facts)
 
 
+def prices(site: Site) -> Result:
+    """What each protection that the kernel command line can switch costs a boot of ours, in instructions.
+
+    The same image is packed once more with the words, and its second boot counted. A share below 100 % is what the
+    boot would do without (or, for one that waits to be switched on, above 100 % with).
+    """
+    runs = {"as it is": ""} | {name: words for name, words in SWITCHES.items() if name not in _NO_CHANGE}
+    found: dict[str, Boot] = {}
+    for name, words in runs.items():
+        chosen = ("--set", f"kernel.cmdline=[{words}]") if words else ()
+        site.recvirt("build", OURS, *chosen, log_name="build-priced")
+        found[name] = boots(site, OURS, 2, icount=True)[1]
+    site.recvirt("build", OURS, log_name="build-priced")
+    mine = found.pop("as it is").instructions / 1e9
+    rows = [
+        Row.ratio(f"boot to multi-user.target, {name}", boot.instructions / 1e9, mine, "G", None, f"`{runs[name]}`")
+        for name, boot in found.items()
+    ]
+    return Result("prices", rows, {name: dataclasses.asdict(boot) for name, boot in found.items()})
+
+
 def count_row(what: str, mine: Boot, other: Boot, limit: float | None) -> Row:
     """A row of instructions (10^9); the note has the guest's clock.
 
@@ -210,4 +240,6 @@ def _middle_parts(found: list[Boot]) -> str:
     boot = sorted(found, key=lambda one: one.host_seconds)[len(found) // 2]
     total, kernel = boot.multi_user_ns / 1e9, boot.kernel_ns / 1e9
     before = boot.host_seconds - total
-    return f"firmware and loader {before:.1f} s, kernel {kernel:.1f} s, user space {total - kernel:.1f} s"
+    parts = f"firmware and loader {before:.1f} s, kernel {kernel:.1f} s, user space {total - kernel:.1f} s"
+    services = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in boot.services)
+    return f"{parts} (processor time of {services})" if services else parts

@@ -52,6 +52,7 @@ BENCHMARKS: dict[str, Callable[[Site], Result]] = {
     "mkosi": builds.against_mkosi,
     "incremental": builds.incremental,
     "boot": boot.benchmark,
+    "prices": boot.prices,
     "l2": l2_exits,
     "sizes": sizes.benchmark,
     "publish": publishing.benchmark,

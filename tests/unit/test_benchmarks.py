@@ -242,6 +242,40 @@ def test_a_report_becomes_figures() -> None:
     assert found == boot.Boot("6.12.1-cloud", 3_500_000_000, 9_000_000_000, 420_000_000, 21.5)
 
 
+def test_the_busiest_services_are_named_but_not_the_benchmarks_own() -> None:
+    used = [
+        "CPUUsageNSec=42200000000", "Id=-.slice", "", "CPUUsageNSec=1104913000", "Id=systemd-journald.service", "",
+        "CPUUsageNSec=9900000000", "Id=recvirt-bench.service", "", "CPUUsageNSec=[not set]", "Id=plymouth.service", "",
+        "CPUUsageNSec=8021646000", "Id=systemd-udevd.service", "", "CPUUsageNSec=5000", "Id=ssh.service", "",
+        "CPUUsageNSec=4228519000", "Id=libvirtd.service",
+    ]  # fmt: skip
+    found = boot.parse_report([*REPORT, *used], 21.5)
+    assert found.services == (
+        ("systemd-udevd", 8.021646), ("libvirtd", 4.228519), ("systemd-journald", 1.104913),
+    )  # fmt: skip
+    row = boot.time_row("x", {boot.OURS: [[found]], boot.STOCK: [[found]]}, 0, 0.6, "TCG")
+    assert "user space 5.5 s (processor time of systemd-udevd 8.0 s, libvirtd 4.2 s, " in row.note
+
+
+def test_each_switch_is_priced_against_the_image_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    site = Site(tmp_path, tmp_path, 0, 0.0)
+    built: list[tuple[str, ...]] = []
+    monkeypatch.setattr(Site, "recvirt", lambda _self, *words, log_name: built.append(words))
+
+    def boots(_site: Site, _profile: str, number: int, *, icount: bool) -> list[boot.Boot]:
+        assert icount
+        cheap = any("apparmor=0" in word for word in built[-1])
+        return [boot.Boot("r", 1, 4_000_000_000 if cheap else 8_000_000_000, 0, 1.0)] * number
+
+    monkeypatch.setattr(boot, "boots", boots)
+    rows = {row.what.rpartition(", ")[2]: row for row in boot.prices(site).rows}
+    assert rows["no AppArmor"].relation == "50.0 %"
+    assert rows["no AppArmor"].note == "`apparmor=0`"
+    assert rows["mitigations=off"].relation == "100.0 %"
+    assert "page_table_check off" not in rows
+    assert built[0] == built[-1] == ("build", "default")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
