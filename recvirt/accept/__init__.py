@@ -44,6 +44,7 @@ def run_acceptance(
     extra_tools: Mapping[str, ToolsRoot] | None = None,
     debs: Mapping[str, Path] | None = None,
     worker_image: Path | None = None,
+    older_disk: Path | None = None,
 ) -> Report:
     """Boot ``image`` on overlays, run the checks, and write report.json, junit.xml, report.html and the console logs.
 
@@ -67,6 +68,7 @@ def run_acceptance(
         image=image, image_facts=_facts(tools, image), profile=profile, promises=promises, tools=tools,
         accelerator=find_accelerator(tools), work_dir=work, key=make_key(work), options=options,
         extra_tools=dict(extra_tools or {}), debs=dict(debs or {}), worker_image=worker_image,
+        older_disk=older_disk,
     )  # fmt: skip
     try:
         play(acceptance, checks)

@@ -14,7 +14,6 @@ from pathlib import Path
 from recvirt.accept import nfsserver
 from recvirt.accept.context import TEST_USER, Acceptance
 from recvirt.accept.guest import Guest
-from recvirt.accept.results import ImageFacts
 from recvirt.errors import GuestError
 from recvirt.qemu import (
     Cable,
@@ -241,7 +240,7 @@ def workers(acceptance: Acceptance) -> Iterator[Guest]:
     if acceptance.worker_image is None:
         raise GuestError("no image of workers was named")
     folder = acceptance.work_dir / "workers"
-    other = replace(acceptance, image=acceptance.worker_image, image_facts=_image_facts(acceptance))
+    other = _of_another_image(acceptance, acceptance.worker_image)
     # The socket lies where the sandboxes of both see it.
     overlay, second = fresh_overlay(acceptance, folder), fresh_overlay(other, folder / "worker")
     ends = (Cable(f"worker/{_SOCKET}", True, _CENTRAL_MAC), Cable(_SOCKET, False, _WORKER_MAC))
@@ -256,13 +255,26 @@ def workers(acceptance: Acceptance) -> Iterator[Guest]:
             yield central
 
 
-def _image_facts(acceptance: Acceptance) -> ImageFacts:
-    assert acceptance.worker_image is not None
-    info = image_info(acceptance.tools, acceptance.worker_image)
-    return replace(
-        acceptance.image_facts, path=str(acceptance.worker_image), format=str(info["format"]),
-        bytes=acceptance.worker_image.stat().st_size, virtual_bytes=int(info["virtual-size"]),
+def _of_another_image(acceptance: Acceptance, image: Path) -> Acceptance:
+    """The same run, with the disks of another image."""
+    info = image_info(acceptance.tools, image)
+    facts = replace(
+        acceptance.image_facts, path=str(image), format=str(info["format"]), bytes=image.stat().st_size,
+        virtual_bytes=int(info["virtual-size"]),
     )  # fmt: skip
+    return replace(acceptance, image=image, image_facts=facts)
+
+
+@contextmanager
+def upgrade(acceptance: Acceptance) -> Iterator[Guest]:
+    """A cloud from an older disk, under an overlay as always; it sets itself up when the disk was never booted."""
+    if acceptance.older_disk is None:
+        raise GuestError("no older disk was named")
+    older = _of_another_image(acceptance, acceptance.older_disk)
+    overlay = fresh_overlay(older, older.work_dir / "upgrade", GROWTH_BYTES * 2)
+    template = MachineSpec(memory_bytes=CLOUD_BYTES)
+    with booted(older, "upgrade", overlay, cloud_config(older, "upgrade"), template) as guest:
+        yield guest
 
 
 def _give_address(guest: Guest, mac: str, address: str) -> None:
@@ -303,7 +315,7 @@ def bytes_written(vm: Vm) -> int:
 
 SCENE_BOOTS: dict[str, Callable[[Acceptance], object]] = {
     "first": first, "second": second, "powercut": powercut, "kernels": kernels, "cloud": cloud,
-    "workers": workers,
+    "workers": workers, "upgrade": upgrade,
 }  # fmt: skip
 
 

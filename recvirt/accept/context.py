@@ -29,13 +29,14 @@ class Options:
     matrix: bool = False
     vmx: bool = False
     workers: bool = False
+    upgrade: bool = False
     checks: tuple[str, ...] = ()
     parallel: int = 0  # boots at once; 0: as many as cores and memory allow
 
     @property
     def scenes(self) -> tuple[str, ...]:
         """The optional scenes that are wanted."""
-        return tuple(name for name in ("deep", "kernels", "matrix", "vmx", "workers") if getattr(self, name))
+        return tuple(name for name in ("deep", "kernels", "matrix", "vmx", "workers", "upgrade") if getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Acceptance:
     extra_tools: dict[str, ToolsRoot] = field(default_factory=dict)
     debs: dict[str, Path] = field(default_factory=dict)
     worker_image: Path | None = None
+    older_disk: Path | None = None
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     measures: dict[str, Any] = field(default_factory=dict)
     results: list[CheckResult] = field(default_factory=list)

@@ -28,10 +28,11 @@ SCENES = {
     "deep": "an L2 that is the image itself, and an L3 in it",
     "kernels": "a login on the serial console; kernels that come, fail and go; the rescue shell",
     "workers": "a machine of another image, which joins the cloud as a worker",
+    "upgrade": "an older disk of the Nested Cloud, whose packages become this build's",
     "matrix": "a boot for each disk controller and network card",
     "vmx": "the kernel on an emulated Intel processor (Bochs)",
 }
-OPTIONAL_SCENES = ("cloud", "deep", "kernels", "workers", "matrix", "vmx")
+OPTIONAL_SCENES = ("cloud", "deep", "kernels", "workers", "upgrade", "matrix", "vmx")
 #: A scene that is a later part of another one's boot, or needs several.
 NEEDS = {"reboot": ("first",), "pair": ("first", "second")}
 
@@ -48,6 +49,7 @@ _MODULES = (
     "kernels",
     "nestedcloud",
     "workers",
+    "upgrade",
     "deeper",
     "matrix",
     "vmx",

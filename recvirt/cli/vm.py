@@ -56,6 +56,10 @@ WORKER_PROFILE = "nested-cloud-worker"
 @click.option("--kernels", is_flag=True, help="Also install, lose and remove kernels, and open the rescue shell.")
 @click.option("--matrix", is_flag=True, help="Also boot from each disk controller and through each network card.")
 @click.option("--workers", is_flag=True, help="Also have a machine of the profile nested-cloud-worker join the cloud.")
+@click.option(
+    "--upgrade-from", "older_disk", metavar="DISK", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Also upgrade this older disk of a Nested Cloud to the profile's packages, while an instance runs.",
+)  # fmt: skip
 @click.option("--vmx", is_flag=True, help="Also run the kernel on an emulated Intel processor (Bochs; minutes).")
 @click.option("--check", "names", multiple=True, metavar="NAME", help="Run only this check. May be repeated.")
 @click.option("--list", "only_list", is_flag=True, help="List the checks that would run, and run none.")
@@ -74,6 +78,7 @@ def test(
     kernels: bool,
     matrix: bool,
     workers: bool,
+    older_disk: Path | None,
     vmx: bool,
     names: tuple[str, ...],
     only_list: bool,
@@ -90,13 +95,15 @@ def test(
     Examples:
       recvirt test
       recvirt test default --deep
+      recvirt test nested-cloud --upgrade-from ./last-release.qcow2 --check cloud-upgrades-under-instances
       recvirt test build/minimal/disk.qcow2 --check l2-under-kvm --check no-failed-unit
       recvirt test --list --json
     """
     from recvirt.accept import Options, run_acceptance, select
 
     options = Options(
-        deep=deep, kernels=kernels, matrix=matrix, vmx=vmx, workers=workers, checks=names, parallel=parallel or 0
+        deep=deep, kernels=kernels, matrix=matrix, vmx=vmx, workers=workers, upgrade=older_disk is not None,
+        checks=names, parallel=parallel or 0,
     )  # fmt: skip
     if only_list:
         _print_list(options, as_json)
@@ -109,10 +116,15 @@ def test(
     scenes = {item.scene for item in select(names, options.scenes)}
     extra, debs = for_vmx(app, profile) if "vmx" in scenes else ({}, {})
     worker_image = image_of_workers(app) if "workers" in scenes else None
+    if "upgrade" in scenes:
+        if older_disk is None:
+            raise click.UsageError("the upgrade is tested on an older disk; name it: --upgrade-from DISK")
+        older_disk = older_disk.resolve()
+        debs |= for_upgrade(app, profile)
     try:
         run_acceptance(
             image, profile, app.tools(), folder, promises=promises, options=options, extra_tools=extra, debs=debs,
-            worker_image=worker_image,
+            worker_image=worker_image, older_disk=older_disk,
         )  # fmt: skip
     finally:
         if as_json and (folder / "report.json").exists():
@@ -125,6 +137,20 @@ def image_of_workers(app: App) -> Path:
     if not path.exists():
         raise ConfigError(f"{path} does not exist", hint=f"recvirt build {WORKER_PROFILE}")
     return path
+
+
+def for_upgrade(app: App, profile: Profile) -> dict[str, Path]:
+    """The profile's own packages of the Nested Cloud, by name. ConfigError when there are none."""
+    from recvirt import pipeline
+
+    planned = pipeline.plan(profile, app.store, app.context(offline=True))
+    folders = [item.output.directory for item in planned if item.output and item.stage.name == "guest_debs"]
+    found = {path.stem: path for folder in folders for path in sorted(folder.glob("recvirt-cloud*.deb"))}
+    if not found:
+        raise ConfigError(
+            f"no packages of the Nested Cloud are built for {profile.name}", hint=f"recvirt build {profile.name}"
+        )
+    return found
 
 
 def for_vmx(app: App, profile: Profile) -> tuple[dict[str, ToolsRoot], dict[str, Path]]:

@@ -317,6 +317,21 @@ WORKERS_WORKER = (
     ),
 )
 
+
+def _older_and_deadly(image: SpoiltImage) -> None:
+    older = "0.1.0.9"
+    for pattern, text in (
+        (r"^Version: 0\.1\.\d+$", f"Version: {older}"),
+        (r"(recvirt-cloud) \(= 0\.1\.\d+\)", rf"\1 (= {older})"),
+    ):
+        _sub("/var/lib/dpkg/status", pattern, text)(image)
+    unit = "[Service]\nExecStopPost=+/usr/bin/pkill -KILL qemu-system\n"
+    _file("/etc/systemd/system/recvirt-cloud-worker.service.d/spoilt.conf", unit)(image)
+
+
+#: An older disk whose instances do not outlive the upgrade: what stops the services stops QEMU, too.
+UPGRADE = (Mutant("cloud-upgrades-under-instances", r"it was begun again|cat /proc/", _older_and_deadly),)
+
 #: Promises that the image never kept: the profile is what is changed.
 BROKEN_PROMISES = {
     "users": r"eve is missing",

@@ -22,6 +22,8 @@ from recvirt.accept import Options, run_acceptance, select
 from recvirt.accept.promise import promises_of
 from recvirt.accept.registry import all_checks
 from recvirt.accept.results import CheckResult
+from recvirt.cli import App
+from recvirt.cli.vm import for_upgrade
 from recvirt.errors import AcceptanceError
 from recvirt.model import Profile
 from recvirt.profile import load_profile
@@ -37,6 +39,7 @@ from tests.acceptance.spoilt import (
     KERNELS,
     MANY,
     MATRIX,
+    UPGRADE,
     VMX,
     WORKERS_CENTRAL,
     WORKERS_WORKER,
@@ -100,7 +103,8 @@ def many(image: Path, profile: Profile, tools: ToolsRoot, tmp_path_factory: pyte
 
 def test_every_check_has_a_spoilt_image() -> None:
     mutants = (
-        *FEW, *MANY, *DEEP, *KERNELS, *MATRIX, *VMX, *CLOUD, *CLOUD_ALONE, *WORKERS_CENTRAL, *WORKERS_WORKER
+        *FEW, *MANY, *DEEP, *KERNELS, *MATRIX, *VMX, *CLOUD, *CLOUD_ALONE, *WORKERS_CENTRAL, *WORKERS_WORKER,
+        *UPGRADE,
     )  # fmt: skip
     covered = {mutant.check for mutant in mutants} | set(BROKEN_PROMISES) | ELSEWHERE
     assert covered == {item.name for item in all_checks()}
@@ -224,6 +228,20 @@ def test_a_worker_that_reaches_too_much_or_too_little_is_rejected(
         promises=promises_of(load_profile("nested-cloud").model, cloud_image.parent), worker_image=worker,
     )  # fmt: skip
     for mutant in (*WORKERS_CENTRAL, *WORKERS_WORKER):
+        rejected(found, mutant.check, mutant.words)
+
+
+def test_a_disk_whose_instances_die_with_its_services_is_rejected(
+    cloud_image: Path, tools: ToolsRoot, cache_dir: Path, tmp_path: Path
+) -> None:
+    profile = load_profile("nested-cloud").model
+    older = spoil(SpoiltImage(tools, cloud_image, tmp_path), UPGRADE)
+    app = App(cache_dir=cache_dir, build_dir=cloud_image.parent.parent)
+    found = results_of(
+        cloud_image, profile, tools, tmp_path / "out", tuple(mutant.check for mutant in UPGRADE),
+        promises=promises_of(profile, cloud_image.parent), older_disk=older, debs=for_upgrade(app, profile),
+    )  # fmt: skip
+    for mutant in UPGRADE:
         rejected(found, mutant.check, mutant.words)
 
 

@@ -205,6 +205,12 @@ def inside(guest: Guest, command: str, name: str = INSTANCE) -> str:
     return said[0]
 
 
+def instance_key(guest: Guest) -> str:
+    """The path of the test user's key to instances; made when it is not there."""
+    guest.out(f"test -e {_KEY} || ssh-keygen -q -t ed25519 -N '' -f {_KEY}", root=False)
+    return guest.out(f"echo {_KEY}", root=False)
+
+
 def domain_of(guest: Guest, name: str) -> str:
     """libvirt's name of an instance."""
     return f"{name}-{cloud(guest, 'show', name)['uuid'][:8]}"
@@ -213,8 +219,7 @@ def domain_of(guest: Guest, name: str) -> str:
 @cloud_check("cloud-launches-under-kvm", *ROLES.values())
 def cloud_launches_under_kvm(guest: Guest) -> str:
     """An instance that the cloud launched runs under KVM, lets its key's owner in, and serves a page"""
-    guest.out(f"test -e {_KEY} || ssh-keygen -q -t ed25519 -N '' -f {_KEY}", root=False)
-    operation(guest, "launch", INSTANCE, "--ssh-key", guest.out(f"echo {_KEY}.pub", root=False), "--vcpus-max", "2",
+    operation(guest, "launch", INSTANCE, "--ssh-key", f"{instance_key(guest)}.pub", "--vcpus-max", "2",
               "--memory", "256M", "--memory-max", "512M")  # fmt: skip
     domain = domain_of(guest, INSTANCE)
     if "<domain type='kvm'" not in guest.out(f"virsh -c qemu:///system dumpxml {domain}"):
