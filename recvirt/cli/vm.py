@@ -108,17 +108,17 @@ def test(
     if only_list:
         _print_list(options, as_json)
         return
+    scenes = {item.scene for item in select(names, options.scenes)}
+    if "upgrade" in scenes and older_disk is None:
+        raise click.UsageError("the upgrade is tested on an older disk; name it: --upgrade-from DISK")
     image, profile = resolve_target(app, target, profile_name)
     from recvirt.accept.promise import promises_of
 
     folder = out or app.build_dir.absolute() / profile.name / "acceptance"
     promises = promises_of(profile, image.parent)
-    scenes = {item.scene for item in select(names, options.scenes)}
     extra, debs = for_vmx(app, profile) if "vmx" in scenes else ({}, {})
     worker_image = image_of_workers(app) if "workers" in scenes else None
-    if "upgrade" in scenes:
-        if older_disk is None:
-            raise click.UsageError("the upgrade is tested on an older disk; name it: --upgrade-from DISK")
+    if older_disk is not None:
         older_disk = older_disk.resolve()
         debs |= for_upgrade(app, profile)
     try:

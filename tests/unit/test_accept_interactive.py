@@ -162,3 +162,11 @@ def test_an_image_without_its_facts_needs_a_profile(tmp_path: Path) -> None:
     (tmp_path / "disk.qcow2").touch()
     result = CliRunner().invoke(cli, ["test", str(tmp_path / "disk.qcow2")])
     assert isinstance(result.exception, ConfigError) and "--profile" in result.exception.hint
+
+
+def test_an_upgrade_wants_the_disk_that_is_upgraded(tmp_path: Path) -> None:
+    words = ["test", "nested-cloud", "--check", "cloud-upgrades-under-instances"]
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 2
+    assert "--upgrade-from DISK" in result.output
+    assert CliRunner().invoke(cli, [*words, "--upgrade-from", str(tmp_path / "absent.qcow2")]).exit_code == 2
