@@ -196,10 +196,14 @@ def test_two_machines_at_once_end_with_one_whole_image(service: Service, place: 
     if service.target == "aws":
         pytest.skip("moto knows no client tokens, and takes a name twice")
     both = [start(service, Place(place.folder / name), image) for name in ("a", "b")]
-    for process in both:
-        process.communicate()
-    place.publish(service.target, image, service.settings)
+    texts = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    said = [json.loads(text)[0] for text in texts]
+    assert said[0]["ids"] == said[1]["ids"]
     holds_the_image(service, image, place.folder / "back")
+    (third,) = place.publish(service.target, image, service.settings)
+    assert (third["sent_bytes"], third["ids"]) == (0, said[0]["ids"])
+    assert len(service.names()) == 1
 
 
 def test_no_secret_is_in_what_is_written_or_said(

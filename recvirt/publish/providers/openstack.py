@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import time
 import urllib.parse
+import uuid
+from collections.abc import Iterator
 from datetime import datetime
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -12,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from recvirt.errors import ConfigError, PublishError, VerificationError
-from recvirt.publish.errors import DeniedError, TransientError
+from recvirt.publish.errors import DeniedError
 from recvirt.publish.http import refusal
 from recvirt.publish.openstackauth import Identity
 from recvirt.publish.plan import Step
@@ -22,8 +24,17 @@ from recvirt.ui import reporter
 
 _TAG = "recvirt"
 _FORMATS = {"qcow2": "qcow2", "raw": "raw", "vhd": "vhd", "vmdk": "vmdk"}
-_IMPORT_SECONDS = 3600.0
-_UNDER_WAY = ("saving", "uploading", "importing")
+#: Who created an image, and alone sends to it.
+_PUBLISHER = "recvirt_publisher"
+_GONE = ("killed", "deleted", "pending_delete")
+#: An image that nobody sends to, or that waits for its import, is another's abandoned one after so many seconds...
+_IDLE_SECONDS = 300.0
+#: ...and one that is being sent or imported, when nothing else becomes of it.
+_BUSY_SECONDS = 4 * 3600.0
+#: How often Glance may refuse data for an image that seems to wait for it.
+_REFUSALS = 4
+#: Deleted images whose identities are passed over; Glance's operator purges such records now and then.
+_IDENTITIES = 256
 
 
 class OpenStackConfig(TargetConfig):
@@ -104,14 +115,9 @@ class OpenStack(Provider[OpenStackConfig]):
             path = f"images?{following.partition('?')[2]}" if following else ""
         return found
 
-    def _living(self) -> list[dict[str, Any]]:
-        """Our images of this digest that are there or on their way; the tag comes last, and may be missing."""
-        found = self._list(recvirt_digest=self.job.image.sha256)
-        return [i for i in found if i["status"] not in ("killed", "deleted")]
-
     def _ours(self) -> dict[str, Any] | None:
-        """Our image: the oldest that is whole, else the oldest that is on its way."""
-        found = [i for i in self._living() if _TAG in i["tags"]]
+        """Our image of this digest: the oldest that is whole, else the oldest that is on its way."""
+        found = [i for i in self._list(recvirt_digest=self.job.image.sha256) if i["status"] not in _GONE]
         return min(found, key=lambda i: (i["status"] != "active", i["created_at"], i["id"]), default=None)
 
     # --- publishing
@@ -127,18 +133,13 @@ class OpenStack(Provider[OpenStackConfig]):
 
     def publish(self) -> Published:
         """See :class:`Provider`."""
-        image, sent = self.job.image, 0
-        there = self._ours()
+        there, sent = self._ours(), 0
         if there is None or there["status"] != "active":
-            mine = there or self._create()
-            try:
-                there, sent = self._send(mine), image.file_bytes
-            except PublishError:
-                # Another publisher, whose image was whole before, took ours away.
-                there = self._ours()
-                if there is None or there["status"] != "active" or there["id"] == mine["id"]:
-                    raise
-            there = self._without_twin(there)
+            there, sent = self._make()
+        if _TAG not in there["tags"]:
+            # What a creation left behind whose answer was an error. Not before: Glance would write the status back too.
+            # One that another project shares stays as it is.
+            self._call("tag the image", "PUT", f"images/{there['id']}/tags/{_TAG}", ok=(204, 403))
         self._compare(there)
         return Published(
             ids={"image": there["id"], "name": there["name"]}, sent_bytes=sent,
@@ -159,74 +160,47 @@ class OpenStack(Provider[OpenStackConfig]):
             said[f"trait:HW_CPU_X86_{self.config.require.upper()}"] = "required"
         return {**said, **self.config.properties}
 
-    def _create(self) -> dict[str, Any]:
+    # Publishers on several machines, who don't see each other, make one image of a digest: its identity follows from
+    # the digest, and Glance gives an identity out once, even if its image is deleted later. Who creates the image (it
+    # bears that publisher's mark) is the only one to send to it; the others wait until it is whole. One that its
+    # publisher abandoned is deleted, and everybody, its publisher too, goes on to the digest's next identity: the first
+    # one whose image is not deleted, which is the same for all.
+
+    def _make(self) -> tuple[dict[str, Any], int]:
+        """Our image, made whole by us or by another publisher; and how many bytes we sent to it."""
+        sent = 0
+        with self.job.journal() as journal:
+            # A run that was killed left the mark in the journal: what it created is ours.
+            mark = journal.facts.get("publisher") or uuid.uuid4().hex
+            if not journal.facts:
+                journal.begin({"publisher": mark})
+            for identity in self._identities():
+                there = self._create(identity, mark)
+                if there is not None:
+                    attempt = _Attempt(self, there, is_mine=there.get(_PUBLISHER) == mark)
+                    there, sent = attempt.whole(), sent + attempt.sent
+                if there is not None:
+                    journal.forget()
+                    return there, sent
+        raise PublishError(
+            f"Glance has no identity left for {self.job.image.name}: {_IDENTITIES} were deleted",
+            hint="its operator can purge the records of deleted images (glance-manage db purge)",
+        )
+
+    def _identities(self) -> Iterator[str]:
+        for number in range(_IDENTITIES):
+            yield str(uuid.uuid5(uuid.NAMESPACE_URL, f"recvirt:{self.job.image.sha256}:{number}"))
+
+    def _create(self, identity: str, mark: str) -> dict[str, Any] | None:
+        """The image of this identity, created now or there before; None when it was deleted, or can't be seen."""
         image = self.job.image
         body = {
-            "name": image.name, "disk_format": _FORMATS[image.format], "container_format": "bare",
+            "id": identity, "name": image.name, "disk_format": _FORMATS[image.format], "container_format": "bare",
             "visibility": self.config.visibility, "protected": self.config.protected, "tags": [_TAG],
-            "min_disk": -(-image.virtual_bytes // (1 << 30)), **self.properties(),
+            "min_disk": -(-image.virtual_bytes // (1 << 30)), _PUBLISHER: mark, **self.properties(),
         }  # fmt: skip
-        return dict(self._call("create the image", "POST", "images", ok=(201,), data=body).json())
-
-    def _send(self, there: dict[str, Any]) -> dict[str, Any]:
-        """Send the data, as often as the budget lets us; Glance can't go on with a part of it."""
-        image = self.job.image
-        progress = Progress(f"send {image.name}", image.file_bytes)
-        identity = str(there["id"])
-        place = "stage" if self.config.method == "import" else "file"
-
-        def attempt() -> None:
-            now = self._image(identity)
-            if now is None:
-                raise PublishError(f"the image {identity} was deleted while it was sent to")
-            if now["status"] == "active":
-                return
-            if now["status"] in ("saving", "importing"):
-                raise TransientError("an upload is under way there already", after=2.0)
-            if now["status"] != "uploading":
-                body = FileBody(image.path, progress)
-                self._call(
-                    "send the data", "PUT", f"images/{identity}/{place}", ok=(204,), body=body, once=True,
-                    headers={"Content-Type": "application/octet-stream"},
-                )  # fmt: skip
-            if self.config.method == "import":
-                method = {"method": {"name": "glance-direct"}}
-                self._call("import", "POST", f"images/{identity}/import", ok=(202,), data=method)
-
-        self.job.budget.call("send the data", attempt)
-        return self._wait(identity)
-
-    def _wait(self, identity: str) -> dict[str, Any]:
-        deadline, pause = time.monotonic() + _IMPORT_SECONDS, 0.2
-        while True:
-            now = self._image(identity)
-            if now is None or now["status"] in ("killed", "deleted"):
-                raise PublishError(f"Glance gave the image {identity} up", hint="its operator's logs tell why")
-            if now["status"] == "active":
-                return now
-            failed = now.get("os_glance_failed_import")
-            if failed or (now["status"] not in _UNDER_WAY and self.config.method == "upload"):
-                raise PublishError(f"Glance did not take the image: {now['status']} {failed or ''}".rstrip())
-            if time.monotonic() > deadline:
-                raise PublishError(f"the image {identity} is still {now['status']} after {_IMPORT_SECONDS:.0f} s")
-            time.sleep(pause)
-            pause = min(pause * 1.5, 10.0)
-
-    def _without_twin(self, mine: dict[str, Any]) -> dict[str, Any]:
-        """Two publishers at once on two machines made two: the one that was whole first stays.
-
-        Not the one that was begun first: its publisher may still be sending when the other has its receipt already.
-        What has no data yet goes too: another publisher's (who finds this one instead), or what a request left behind
-        whose answer was an error.
-        """
-        found = self._living()
-        whole = (i for i in found if i["status"] == "active" and _TAG in i["tags"])
-        first = min(whole, key=lambda i: (i["updated_at"], i["id"]), default=mine)
-        for twin in (i for i in found if i["id"] != first["id"] and i["status"] in ("active", "queued")):
-            reporter.warn(f"another publisher was quicker: image {first['id']} stays, {twin['id']} goes")
-            # One that is protected, in use or another project's stays.
-            self._call("delete the twin", "DELETE", f"images/{twin['id']}", ok=(204, 403, 404, 409))
-        return first
+        answer = self._call("create the image", "POST", "images", ok=(201, 409), data=body)
+        return dict(answer.json()) if answer.status_code == 201 else self._image(identity)
 
     def _compare(self, there: dict[str, Any]) -> None:
         image = self.job.image
@@ -264,6 +238,85 @@ class OpenStack(Provider[OpenStackConfig]):
     def recipe(self, published: Published) -> dict[str, Any]:
         """See :class:`Provider`."""
         return {"image": published.ids["image"], "cloud": self.config.cloud or "", "require": self.config.require or ""}
+
+
+class _Attempt:
+    """Brings one image to its whole state, or sees another publisher do so."""
+
+    def __init__(self, cloud: OpenStack, there: dict[str, Any], *, is_mine: bool) -> None:
+        self._cloud, self._there, self._is_mine = cloud, there, is_mine
+        self._identity = str(there["id"])
+        self._staged = False
+        self._refused = 0
+        self.sent = 0
+
+    def whole(self) -> dict[str, Any] | None:
+        """The image once it is active; None once it is deleted, by us if it was abandoned."""
+        now: dict[str, Any] | None = self._there
+        if not self._is_mine:
+            reporter.info(f"another publisher makes image {self._identity}: waiting for it")
+        seen, since, pause = None, time.monotonic(), 0.2
+        while now is not None and now["status"] not in _GONE:
+            if now["status"] == "active":
+                return now
+            if now["status"] == "deactivated":
+                raise PublishError(f"image {self._identity} is deactivated", hint="openstack image set --activate")
+            look = (now["status"], now.get("size"), now["updated_at"])
+            if look != seen:
+                seen, since, pause = look, time.monotonic(), 0.2
+            if self._is_mine and self._is_idle(now) and self._refused < _REFUSALS and not self._failed(now):
+                self._cloud.job.budget.call("send the data", self._advance)
+            elif self._refused >= _REFUSALS or time.monotonic() - since > self._patience(now) or self._failed(now):
+                break
+            else:
+                time.sleep(pause)
+                pause = min(pause * 1.5, 10.0)
+            now = self._cloud._image(self._identity)
+        if now is not None:
+            reporter.warn(f"image {self._identity} was left {now['status']}: it goes, and another one is made")
+            # One that is protected or another project's stays.
+            self._cloud._call("delete what was left", "DELETE", f"images/{self._identity}", ok=(204, 403, 404, 409))
+        return None
+
+    def _is_idle(self, now: dict[str, Any]) -> bool:
+        """Whether it waits for its publisher: for data, or for the import of data that has arrived."""
+        arrived = self._staged or now.get("size") is not None
+        return now["status"] == "queued" or (now["status"] == "uploading" and arrived)
+
+    def _patience(self, now: dict[str, Any]) -> float:
+        # Of ours no request is open any more, but Glance may still be importing.
+        waits = self._is_idle(now) or (self._is_mine and now["status"] != "importing")
+        return _IDLE_SECONDS if waits else _BUSY_SECONDS
+
+    def _failed(self, now: dict[str, Any]) -> bool:
+        """Whether an import of ours failed. PublishError for one of this very run: another would fail as well."""
+        failed = now.get("os_glance_failed_import") if self._is_mine else None
+        if failed and self.sent:
+            raise PublishError(f"Glance did not take the image: {now['status']}, {failed}")
+        return bool(failed)
+
+    def _advance(self) -> None:
+        """Send the data, or have it imported; Glance can't go on with a part of it."""
+        now = self._cloud._image(self._identity)
+        if now is None or not self._is_idle(now):
+            return
+        ok, image = (202, 204, 404, 409, 410), self._cloud.job.image
+        if now["status"] == "uploading":
+            method = {"method": {"name": "glance-direct"}}
+            answer = self._cloud._call("import", "POST", f"images/{self._identity}/import", ok=ok, data=method)
+        else:
+            place = "stage" if self._cloud.config.method == "import" else "file"
+            progress = Progress(f"send {image.name}", image.file_bytes)
+            answer = self._cloud._call(
+                "send the data", "PUT", f"images/{self._identity}/{place}", ok=ok, once=True,
+                body=partial(FileBody, image.path, progress), headers={"Content-Type": "application/octet-stream"},
+            )  # fmt: skip
+            self._staged = answer.status_code == 204
+            self.sent = image.file_bytes
+        if answer.status_code >= 400:
+            # Deleted; or a killed run's request still holds it, or its data lies there.
+            self._refused += 1
+            time.sleep(0.5)
 
 
 PROVIDER = OpenStack
