@@ -15,23 +15,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.results import Result, Row
 from benchmarks.workplace import CHECKOUT, Site
+from recvirt.errors import PublishError, RecvirtError
 from recvirt.imagefile.container import identify
 from recvirt.publish.amazon import checksum
 from recvirt.publish.reader import DiskReader, open_disk
 from recvirt.publish.snapshot import BLOCK
 from recvirt.publish.transfer import send_all
+from recvirt.ui import reporter
 from tests.publish import proxy, servers
 
 _WORKERS = 8
 _PART = 8 << 20
 _MEMORY_MB = 200.0
 _SPARSE_BYTES = 20 << 30
+#: The stand-in puts an object of many parts together in memory before it answers, and holds it twice meanwhile.
+_ANSWER_SECONDS = 900.0
+_COPIES = 2.5
 _KEYS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
 
 
@@ -50,16 +55,50 @@ def recvirt(image: Path, url: str, folder: Path) -> float:
             peak = max(peak, int(match[1]) / 1024 if match else 0.0)
         time.sleep(0.05)
     if process.returncode:
-        raise RuntimeError(f"recvirt publish ended with {process.returncode}")
+        raise PublishError(f"recvirt publish ended with {process.returncode}", hint="try it by hand, without -q")
     return peak
 
 
 def _client(name: str, url: str) -> Any:
+    """A client that tries again as the AWS CLI does by itself."""
     import boto3
+    from botocore.config import Config
 
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": 3}, read_timeout=_ANSWER_SECONDS,
+        max_pool_connections=_WORKERS + 2,
+    )  # fmt: skip
     return boto3.client(
-        name, region_name="eu-central-1", endpoint_url=url, aws_access_key_id="x", aws_secret_access_key="y"
-    )
+        name, region_name="eu-central-1", endpoint_url=url, aws_access_key_id="x", aws_secret_access_key="y",
+        config=config,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """PublishError for what the stand-in for Amazon, or its start, ended with."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except (BotoCoreError, ClientError, RuntimeError) as error:
+        raise PublishError(
+            f"the server that stands in for Amazon: {error}",
+            hint="is the machine loaded, or its memory full? run it again: benchmarks/run.py --only publish",
+        ) from error
+
+
+def _want_memory(size: int, available: int | None = None) -> None:
+    """PublishError where the stand-in could not hold the raw disk as one object."""
+    if available is None:
+        match = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+        available = int(match[1]) * 1024 if match else 0
+    wanted = _COPIES * size / 1e9
+    if available / 1e9 < wanted:
+        raise PublishError(
+            f"{available / 1e9:.1f} GB of memory are free, and the stand-in for Amazon wants {wanted:.1f}",
+            hint="end what else runs here, or take a smaller image: python -m benchmarks.publishing FILE",
+        )
 
 
 def every_block(disk: DiskReader, url: str) -> None:
@@ -106,7 +145,8 @@ def _warm_up(url: str) -> None:
 
 def measured(folder: Path, send: Callable[[str], object]) -> tuple[int, float, object]:
     """Bytes of requests' bodies, seconds, and what ``send`` gave back, at a fresh server."""
-    with servers.moto(folder) as server, proxy.line(server) as line:
+    with _told(), servers.moto(folder) as server, proxy.line(server) as line:
+        line.timeout = _ANSWER_SECONDS
         _warm_up(server)
         started = time.monotonic()
         found = send(line.url)
@@ -116,6 +156,7 @@ def measured(folder: Path, send: Callable[[str], object]) -> tuple[int, float, o
 def compare(image: Path, folder: Path) -> Result:
     """The three with one image, and recvirt's memory with a sparse disk of 20 GiB."""
     disk = open_disk(identify(image))
+    _want_memory(disk.size)
     mine, mine_seconds, memory = measured(folder / "a", lambda url: recvirt(image, url, folder))
     full, full_seconds, _ = measured(folder / "b", lambda url: every_block(disk, url))
     bucket, bucket_seconds, _ = measured(folder / "c", lambda url: raw_in_s3(disk, url))
@@ -139,9 +180,9 @@ def compare(image: Path, folder: Path) -> Result:
 
 
 def benchmark(site: Site) -> Result:
-    """The default image. RuntimeError without the server (make publish-servers)."""
+    """The default image. PublishError without the server (make publish-servers)."""
     if servers.why_not("aws"):
-        raise RuntimeError(f"the server of this benchmark is not installed: {servers.why_not('aws')}")
+        raise PublishError("the server of this benchmark is not installed", hint=servers.why_not("aws"))
     site.recvirt("build", "default", log_name="build-default")
     with tempfile.TemporaryDirectory(dir=site.work_dir) as folder:
         return compare(site.build_dir / "default/disk.qcow2", Path(folder))
@@ -150,5 +191,9 @@ def benchmark(site: Site) -> Result:
 if __name__ == "__main__":
     # One image, without the other benchmarks: python -m benchmarks.publishing [FILE]
     chosen = sys.argv[1] if len(sys.argv) > 1 else "build/default/disk.qcow2"
-    with tempfile.TemporaryDirectory() as scratch:
-        print(json.dumps(compare(Path(chosen).absolute(), Path(scratch)).as_json(), indent=1))
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            print(json.dumps(compare(Path(chosen).absolute(), Path(scratch)).as_json(), indent=1))
+    except RecvirtError as failure:
+        reporter.error(failure.message, failure.hint)
+        sys.exit(failure.exit_code)

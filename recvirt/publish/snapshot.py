@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,8 @@ _SAMPLE = 16
 _WHOLE = "recvirt-whole"
 #: A snapshot that was just started may not be seen everywhere for so long.
 _SETTLING_SECONDS = 120.0
+#: Deleted snapshots whose tokens are passed over. Amazon forgets a token some time after its snapshot is gone.
+_TOKENS = 16
 
 
 class Snapshots:
@@ -73,30 +74,33 @@ class Snapshots:
     def make(self, blocks: list[int]) -> tuple[str, int]:
         """A completed snapshot with these blocks; its identity, and how many bytes were sent now."""
         with self._job.journal() as journal:
-            snapshot = self._begin(journal)
-            sent = self._send(snapshot, blocks, journal)
-            self._complete(snapshot, blocks, journal)
+            (snapshot, is_completed), sent = self._begin(journal), 0
+            if not is_completed:
+                sent = self._send(snapshot, blocks, journal)
+                self._complete(snapshot, blocks, journal)
             journal.forget()
         return snapshot, sent
 
-    def _begin(self, journal: Journal) -> str:
+    def _begin(self, journal: Journal) -> tuple[str, bool]:
+        """A snapshot to put blocks into, or one that another publisher has just completed."""
         known = journal.facts.get("snapshot") or self._find("pending", [])
         # A completed one: a run was killed before it had compared it, or another publisher was quicker.
         if known is not None and self.state(known) in ("pending", "completed"):
             if journal.facts.get("snapshot") != known:
                 journal.begin({"snapshot": known})
-            return known
-        # The same token makes two publishers at once share one snapshot. If what it stands for is done or deleted, a
-        # token of our own begins another one.
-        for token in (f"recvirt-{self._job.image.sha256[:48]}", f"recvirt-{uuid.uuid4()}"):
+            return known, False
+        # The same token makes publishers on several machines share one snapshot, also when one of them has completed it
+        # already. If what a token stands for is deleted, all of them go on to the next one.
+        for number in range(_TOKENS):
             answer = self._amazon.call(
-                "start a snapshot", self._ebs.start_snapshot, VolumeSize=self.gib, ClientToken=token, Timeout=60,
-                Description=self._job.image.name, Tags=self._tags,
+                "start a snapshot", self._ebs.start_snapshot, VolumeSize=self.gib, Timeout=60, Tags=self._tags,
+                ClientToken=f"recvirt-{self._job.image.sha256[:48]}" + (f"-{number}" if number else ""),
+                Description=self._job.image.name,
             )  # fmt: skip
             snapshot = str(answer["SnapshotId"])
-            if answer.get("Status") == "pending" and self._appears(snapshot):
+            if answer.get("Status") in ("pending", "completed") and self._appears(snapshot):
                 journal.begin({"snapshot": snapshot})
-                return snapshot
+                return snapshot, answer["Status"] == "completed"
         raise PublishError("EBS starts no snapshot that blocks can be put into", hint="publish it again")
 
     def _appears(self, snapshot: str) -> bool:

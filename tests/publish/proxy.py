@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,6 +23,10 @@ _DENIED = (
 )
 #: (method, path, number of the request) -> one of FAULTS, or nothing.
 Policy = Callable[[str, str, int], str]
+#: Status, headers, body.
+Answer = tuple[int, list[tuple[str, str]], bytes]
+#: (method, path, body, the server) -> what is answered; it may ask the server or not.
+Rules = Callable[[str, str, bytes, Callable[[], Answer]], Answer]
 
 
 def now_and_then(seed: int, share: float, *faults: str) -> Policy:
@@ -44,6 +49,8 @@ class Line:
         self.requests: list[tuple[str, str, int, str]] = []
         self.url = ""
         self.lock = threading.Lock()
+        self.timeout = 60.0
+        self.rules: Rules = lambda _method, _path, _body, ask: ask()
 
     @property
     def body_bytes(self) -> int:
@@ -112,7 +119,8 @@ def _serve(handler: BaseHTTPRequestHandler, state: Line) -> None:
         return
     if fault == "slow":
         time.sleep(0.3)
-    status, headers, content = _asked(handler, state, body)
+    ask = partial(_asked, handler, state, body)
+    status, headers, content = state.rules(handler.command, handler.path, body, ask)
     if fault == "lost":
         handler.connection.shutdown(socket.SHUT_RDWR)
         handler.close_connection = True
@@ -148,8 +156,8 @@ def _body(handler: BaseHTTPRequestHandler) -> bytes:
     return handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
 
 
-def _asked(handler: BaseHTTPRequestHandler, state: Line, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-    connection = http.client.HTTPConnection(str(state.upstream.netloc), timeout=60)
+def _asked(handler: BaseHTTPRequestHandler, state: Line, body: bytes) -> Answer:
+    connection = http.client.HTTPConnection(str(state.upstream.netloc), timeout=state.timeout)
     connection.putrequest(handler.command, handler.path, skip_host=True, skip_accept_encoding=True)
     for name, value in handler.headers.items():
         if name.lower() not in ("transfer-encoding", "expect", "content-length", "connection"):

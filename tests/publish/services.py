@@ -15,6 +15,7 @@ from typing import Any
 import requests
 
 from tests.publish import fakes, proxy, servers
+from tests.publish.amazon_rules import AmazonRules
 
 AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 ENVIRONMENT = {
@@ -95,6 +96,7 @@ def amazon(folder: Path) -> Iterator[Service]:
     with servers.moto(folder) as url, proxy.line(url) as line:
         import boto3
 
+        line.rules = AmazonRules()
         keys = {"aws_access_key_id": "x", "aws_secret_access_key": "y", "endpoint_url": url}
         ec2 = boto3.client("ec2", region_name="eu-central-1", **keys)
         ebs = boto3.client("ebs", region_name="eu-central-1", **keys)

@@ -177,6 +177,46 @@ def test_blocks_and_checksums_are_what_ebs_wants(aws: Aws, monkeypatch: pytest.M
             assert data == disk.read(number * BLOCK, BLOCK).ljust(BLOCK, b"\0")
 
 
+class Tokens:
+    """What StartSnapshot says to the tokens it gets, one after the other."""
+
+    def __init__(self, *states: str) -> None:
+        self._states = states
+        self.tokens: list[str] = []
+
+    def start_snapshot(self, **said: Any) -> dict[str, Any]:
+        self.tokens.append(said["ClientToken"])
+        number = len(self.tokens)
+        return {"SnapshotId": f"snap-{number}", "Status": self._states[number - 1]}
+
+
+def test_a_snapshot_that_another_publisher_has_just_completed_is_shared(
+    aws: Aws, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aws._snapshots, "_ebs", Tokens("completed"))
+    monkeypatch.setattr(aws._snapshots, "_find", lambda *_: None)
+    monkeypatch.setattr(aws._snapshots, "state", lambda _snapshot: "completed")
+    assert aws._snapshots.make(aws._blocks) == ("snap-1", 0)
+
+
+def test_all_publishers_go_on_to_the_same_token_where_a_snapshot_was_deleted(
+    aws: Aws, place: Place, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+    for folder in ("a", "b"):
+        other = Place(place.folder / folder).provider("aws", image, ["region=eu-central-1"])
+        assert isinstance(other, Aws)
+        ebs = Tokens("completed", "error", "pending")
+        monkeypatch.setattr(other._snapshots, "_ebs", ebs)
+        monkeypatch.setattr(other._snapshots, "_find", lambda *_: None)
+        monkeypatch.setattr(other._snapshots, "_appears", lambda snapshot: snapshot == "snap-3")
+        with other.job.journal() as journal:
+            assert other._snapshots._begin(journal) == ("snap-3", False)
+        said.append(ebs.tokens)
+    assert said[0] == said[1]
+    assert len(set(said[0])) == 3
+
+
 def test_a_snapshot_with_other_blocks_is_found_out(aws: Aws) -> None:
     snapshots = aws._snapshots
     listed = [{"BlockIndex": n, "BlockToken": "t"} for n in aws._blocks[:-1]]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks import boot, builds, measure, mkosi, results, run, sizes
+from benchmarks import boot, builds, measure, mkosi, publishing, results, run, sizes
 from benchmarks.measure import Sample, Series, Subject
 from benchmarks.results import BEGIN, END, Result, Row
 from benchmarks.workplace import Site
-from recvirt.errors import GuestError, StageError
+from recvirt.errors import GuestError, PublishError, StageError
 from recvirt.ui import reporter
+from tests.publish import servers
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
@@ -406,6 +409,34 @@ def test_a_benchmark_that_fails_leaves_the_others_and_their_earlier_results(
     assert data["boot"]["date"] == "2020-01-01"
     assert Result.of_json(data["l2"]).rows == [row]
     assert "plug it in" in said.getvalue()
+
+
+def test_what_amazons_stand_in_says_is_one_line_with_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exceptions = pytest.importorskip("botocore.exceptions")
+
+    @contextlib.contextmanager
+    def server(_folder: Path) -> Iterator[str]:
+        yield "http://127.0.0.1:1"
+
+    def send(_url: str) -> None:
+        said = {"Error": {"Code": "500", "Message": "Internal Server Error"}}
+        raise exceptions.ClientError(said, "CompleteMultipartUpload")
+
+    monkeypatch.setattr(servers, "moto", server)
+    monkeypatch.setattr(publishing, "_warm_up", lambda _url: None)
+    monkeypatch.setattr(run, "BENCHMARKS", {"publish": lambda _site: publishing.measured(tmp_path, send)})
+    said = io.StringIO()
+    monkeypatch.setattr(reporter, "stream", said)
+    assert run.measure(Site(tmp_path, tmp_path, 1, 0.0), ["publish"], tmp_path / "results.json") == ["publish"]
+    assert "CompleteMultipartUpload" in said.getvalue()
+    assert "--only publish" in said.getvalue()
+    assert "Traceback" not in said.getvalue()
+
+
+def test_an_object_that_the_stand_in_cant_hold_is_not_begun() -> None:
+    publishing._want_memory(4 << 30, 11 << 30)
+    with pytest.raises(PublishError, match="of memory are free"):
+        publishing._want_memory(4 << 30, 9 << 30)
 
 
 def test_the_machine_is_named() -> None:

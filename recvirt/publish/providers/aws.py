@@ -142,13 +142,13 @@ class Aws(Provider[AwsConfig]):
     def publish(self) -> Published:
         """See :class:`Provider`."""
         sent, ami, snapshot = 0, self._image(self._ec2), self._snapshots.find_whole()
-        if ami is None:
-            if snapshot is None:
-                snapshot, sent = self._snapshots.make(self._blocks)
-        elif snapshot is None:
+        is_new = ami is None and snapshot is None
+        if ami is not None and snapshot is None:
             snapshot = str(ami["BlockDeviceMappings"][0]["Ebs"]["SnapshotId"])
+        elif snapshot is None:
+            snapshot, sent = self._snapshots.make(self._blocks)
         checked = self._snapshots.compare(snapshot, self._blocks, whole=self.config.verify == "full")
-        if sent:
+        if is_new:
             self._snapshots.mark_whole(snapshot)
         identity = str(ami["ImageId"]) if ami else self._register(snapshot)
         self._tag(self._ec2, identity, ami)
