@@ -209,7 +209,9 @@ class _Builder:
         """Put the configuration in place; StageError if this tree would answer it differently now."""
         target = self.build_dir / ".config"
         shutil.copyfile(self.config_path, target)
+        # The second rewrites include/config, where kernelrelease looks: kept objects brought another configuration's.
         self._make("-s", "olddefconfig")
+        self._make("-s", "syncconfig")
         before, after = (parse_dotconfig(p.read_text(encoding="utf-8")) for p in (self.config_path, target))
         if changes := compare(before, after):
             names = ", ".join(f"{c.symbol} {c.left} to {c.right}" for c in changes[:5])

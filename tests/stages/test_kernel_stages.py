@@ -197,6 +197,7 @@ def test_a_kernel_is_built_boots_installs_and_repeats(
     fragment = Path(tiny.kernel.fragments[0])
     fragment.write_text(TINY + "CONFIG_IKCONFIG=y\n")
     changed = build_tiny(tiny, elsewhere, tmp_path / "changed")
+    assert (changed.out / "release").read_text().strip() != release
     steps = [json.loads((work.out / "build-info.json").read_text())["steps"] for work in (second, changed)]
     assert steps[1] < 0.5 * steps[0] and (changed.out / "vmlinuz").read_bytes() != (first.out / "vmlinuz").read_bytes()
     fragment.write_text(TINY)
