@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import threading
 import time
@@ -25,6 +26,7 @@ from recvirt.ui import reporter
 _BOOTS = {**boots.SCENE_BOOTS, "deep": deep.deep}
 #: What QEMU needs besides the guest's own memory.
 _QEMU_BYTES = 600 * 1024**2
+_PANIC = re.compile(r"Kernel panic - [^\r\n]+")
 
 
 def run_check(acceptance: Acceptance, check: Check, guest: Guest | None) -> Outcome:
@@ -40,9 +42,17 @@ def run_check(acceptance: Acceptance, check: Check, guest: Guest | None) -> Outc
         detail = error.message
     except Exception:
         detail = f"the check itself broke:\n{traceback.format_exc(limit=-4)}"
+    if outcome == "failed" and guest is not None and (words := panic_of(guest)):
+        detail = f"{detail}\nthe guest's kernel had panicked before: {words}"
     seconds = time.monotonic() - started
     acceptance.record(CheckResult(check.name, check.scene, check.title, outcome, round(seconds, 2), detail))
     return outcome
+
+
+def panic_of(guest: Guest) -> str:
+    """The first panic on the guest's console, where it has one: the reboot after it looks like anything else."""
+    found = _PANIC.search(guest.vm.console_text()) if guest.vm is not None else None
+    return found[0].strip() if found else ""
 
 
 def not_run(acceptance: Acceptance, checks: Sequence[Check], why: str) -> None:

@@ -120,6 +120,23 @@ def test_a_machine_that_dies_half_way_leaves_the_rest_not_run(tmp_path: Path) ->
     assert outcomes(run) == {"a": "not-run", "b": "not-run"}
 
 
+def test_a_failure_after_a_panic_says_so(tmp_path: Path) -> None:
+    class Rebooted:
+        @staticmethod
+        def console_text() -> str:
+            return "[  316.0] Kernel panic - not syncing: corrupted stack\r\n[  316.1] CPU: 0\r\nlogin: "
+
+    run = acceptance(tmp_path)
+    shaken = guest(tmp_path, {})
+    shaken.vm = Rebooted()  # type: ignore[assignment]
+    runner.run_check(run, check("a", error=Failed("no answer")), shaken)
+    runner.run_check(run, check("b"), shaken)
+    assert run.results[0].detail.splitlines() == [
+        "no answer", "the guest's kernel had panicked before: Kernel panic - not syncing: corrupted stack",
+    ]  # fmt: skip
+    assert run.results[1].outcome == "passed" and "panic" not in run.results[1].detail
+
+
 def test_an_interrupt_ends_every_program_and_does_not_wait_for_the_boots(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
