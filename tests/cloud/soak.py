@@ -130,7 +130,7 @@ class Stage:
         """Kill processes; what ended is started again, as systemd would."""
         with self._lock:
             for part in parts:
-                os.kill(self.cloud.processes[part].pid, signal.SIGKILL)
+                self.cloud.processes[part].kill()
                 self.cloud.processes[part].wait()
             self.tally.kills["+".join(parts)] += 1
             self.cloud.watch()
@@ -143,11 +143,11 @@ class Stage:
         self._timer.start()
 
     def freeze(self, part: str, seconds: float) -> None:
-        """A process that is not heard of for a while, and goes on then."""
-        pid = self.cloud.processes[part].pid
-        os.kill(pid, signal.SIGSTOP)
+        """A process that is not heard of for a while, and goes on then, unless ``hit_soon`` kills it meanwhile."""
+        process = self.cloud.processes[part]
+        process.send_signal(signal.SIGSTOP)
         time.sleep(seconds)
-        os.kill(pid, signal.SIGCONT)
+        process.send_signal(signal.SIGCONT)
         self.tally.kills[f"{part} frozen"] += 1
 
     def until(self, what: str, done: Callable[[], bool]) -> bool:
