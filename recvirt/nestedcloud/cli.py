@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from recvirt import __version__
-from recvirt.nestedcloud.client.api import VARIABLE, ApiError
+from recvirt.nestedcloud.client.api import VARIABLE, Api, ApiError
 from recvirt.nestedcloud.client.commands import COMMANDS
 from recvirt.nestedcloud.client.completion import completion
 from recvirt.nestedcloud.client.console_commands import CONSOLE_COMMANDS
@@ -209,12 +209,19 @@ def token(user: str, name: str) -> None:
       sudo -u recvirt-central recvirt-cloud central token --user bob --name laptop
     """
     _setup()
+    from django.db.utils import OperationalError
+
     from recvirt.nestedcloud.central.first import issue_token
 
     try:
         click.echo(issue_token(user, name))
     except LookupError as error:
         raise click.ClickException(str(error)) from None
+    except OperationalError as error:
+        fail(
+            f"the database does not answer: {str(error).splitlines()[0]}",
+            "is the set-up through? systemctl status recvirt-cloud-setup", ExitStatus.UNREACHABLE,
+        )  # fmt: skip
 
 
 @central.command()
@@ -293,17 +300,24 @@ def setup(prepare: bool) -> None:
 def login_here() -> None:
     """On the central node itself: give the user who calls sudo access as the cloud's administrator.
 
+    Waits until this boot's set-up is through and the services are up.
+
     \b
     Example:
       sudo recvirt-cloud login-here
     """
-    from recvirt.nestedcloud import provision
+    from recvirt.nestedcloud import login
+    from recvirt.nestedcloud.machine import Machine, ProvisionError
 
+    machine = Machine(tell=click.echo)
     try:
-        path = provision.login_here(provision.Machine(tell=click.echo))
-    except provision.ProvisionError as error:
-        raise click.ClickException(str(error)) from None
+        login.wait_for_setup(machine)
+        path, access = login.login_here(machine)
+    except ProvisionError as error:
+        fail(str(error), "", ExitStatus.CONFIG)
     click.echo(f"{path} has the access; try: recvirt-cloud list")
+    if not login.wait_until_ready(machine, Api(access)):
+        click.echo("not all of it is up yet; recvirt-cloud status tells what is not", err=True)
 
 
 @main_group.group()

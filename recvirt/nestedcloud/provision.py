@@ -7,7 +7,6 @@ Nothing secret is in an image; all of it is made here. Owns the order of the ste
 from __future__ import annotations
 
 import os
-import pwd
 import secrets
 import shutil
 import socket
@@ -181,27 +180,6 @@ def configure_worker(machine: Machine) -> None:
 def has_joined_another(machine: Machine) -> bool:
     """Whether the worker here belongs to another machine's cloud."""
     return read(machine.worker).get("cloud", read(machine.central).get("cloud")) != read(machine.central).get("cloud")
-
-
-def login_here(machine: Machine) -> Path:
-    """Write an access file with an administrator's token for the user behind sudo; its path."""
-    from recvirt.nestedcloud.client.api import Access
-
-    if CENTRAL not in machine.roles:
-        raise ProvisionError("this machine is no central node; log in there, or from anywhere: recvirt-cloud login URL")
-    name = os.environ.get("SUDO_USER") or "root"
-    program = shutil.which("recvirt-cloud") or "recvirt-cloud"
-    token = machine.run([program, "central", "token", "--name", f"{name} on {own_name()}"], "", CENTRAL_USER).strip()
-    person = pwd.getpwnam(name)
-    path = Path(person.pw_dir) / ".config/recvirt-cloud/client.toml"
-    # As the user: a home may hold links to anywhere.
-    code = (
-        "import sys, tomllib; from pathlib import Path; from recvirt.nestedcloud.client.api import Access, save_access;"
-        " save_access(Access(**tomllib.loads(sys.stdin.read())), Path(sys.argv[1]))"
-    )
-    text = toml(vars(Access("https://127.0.0.1", token, ca=str(machine.etc / "tls/cert.pem"))))
-    machine.run(["python3", "-c", code, str(path)], text, name)
-    return path
 
 
 def prepare(machine: Machine) -> None:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from recvirt.data import data_path
-from recvirt.nestedcloud import broker, exports, provision, tunnel
+from recvirt.nestedcloud import broker, exports, login, provision, tunnel
 from recvirt.nestedcloud.central import config as central_config
 from recvirt.nestedcloud.central.bodies import BODY_BYTES_MAX
 from recvirt.nestedcloud.provision import Machine, ProvisionError, password_hash, permissions
@@ -298,7 +298,7 @@ def test_a_worker_has_nothing_to_do_before_it_has_joined(machine: Machine, progr
     provision.setup(machine)
     assert programs.calls == [] and machine.worker.read_text() == 'cloud = "c"\n'
     with pytest.raises(ProvisionError, match="no central node"):
-        provision.login_here(machine)
+        login.login_here(machine)
 
 
 def test_without_a_role_there_is_no_set_up(machine: Machine, programs: Programs) -> None:
