@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from ipaddress import IPv4Network
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree as ET
 
 import libvirt
 import pytest
+from click.testing import CliRunner
 from django.db import IntegrityError, transaction
 
 from recvirt.nestedcloud.addresses import HostSpec, check_address, guest_addresses
@@ -19,8 +23,10 @@ from recvirt.nestedcloud.central import addressing, images, operations, reports
 from recvirt.nestedcloud.central.models import Instance, Network, NetworkKind, Nic
 from recvirt.nestedcloud.central.problems import NetworkFull, NoCapacity
 from recvirt.nestedcloud.central.specs import command_of
+from recvirt.nestedcloud.cli import main_group
+from recvirt.nestedcloud.client import network_commands
 from recvirt.nestedcloud.client.api import Api, ApiError
-from recvirt.nestedcloud.client.network_commands import reached_here
+from recvirt.nestedcloud.client.network_commands import reached_here, wait_for_greeting
 from recvirt.nestedcloud.model import InstanceSpec, Kind, ModelError, NetworkSpec, NicSpec, Phase, Power, encode
 from recvirt.nestedcloud.worker import networks as networks_module
 from tests.cloud.conftest import Cloud, make_worker
@@ -324,6 +330,52 @@ def test_ssh_goes_only_where_the_address_leads(tmp_path: Path) -> None:
     assert reached_here(cloud, row, tmp_path) == "172.30.1.2"
     with pytest.raises(ApiError, match="no address"):
         reached_here(cloud, {**row, "address": None, "nics": [{**nic, "address": None}]}, tmp_path)
+
+
+class _Greeter:
+    """A server that hangs up on the first callers, says something else to the next, and then greets."""
+
+    def __init__(self, *says: bytes) -> None:
+        self.says, self.calls = list(says), 0
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self.socket.getsockname()[1])
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:
+                return
+            with connection:
+                self.calls += 1
+                connection.sendall(self.says.pop(0) if len(self.says) > 1 else self.says[0])
+
+
+def test_ssh_waits_for_a_guest_that_boots(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    server = _Greeter(b"", b"HTTP/1.1 400", b"SSH-2.0-dropbear\r\n")
+    with server.socket:
+        assert wait_for_greeting("127.0.0.1", 30, server.port)
+    assert server.calls == 3
+    assert capsys.readouterr().err == "waiting for the SSH server at 127.0.0.1\n"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = int(free.getsockname()[1])
+    assert not wait_for_greeting("127.0.0.1", 0, port)
+
+
+@pytest.mark.parametrize(
+    ("power", "words"), [("stopped", "web is stopped"), ("running", "no SSH server of web greets")]
+)
+def test_ssh_says_why_there_is_no_login(monkeypatch: pytest.MonkeyPatch, power: str, words: str) -> None:
+    row = {"name": "web", "uuid": "u", "power": power}
+    cloud = SimpleNamespace(below=str, call=lambda _method, _path: row)
+    monkeypatch.setattr(network_commands, "api", lambda: cloud)
+    monkeypatch.setattr(network_commands, "reached_here", lambda *_: "127.0.0.1")
+    monkeypatch.setattr(network_commands, "wait_for_greeting", lambda *_: False)
+    result = CliRunner().invoke(main_group, ["ssh", "web"])
+    assert isinstance(result.exception, ApiError) and words in result.exception.message
+    assert result.exception.hint.startswith("recvirt-cloud")
 
 
 def test_one_address_is_one_cards_in_the_table_too(cloud: Cloud) -> None:

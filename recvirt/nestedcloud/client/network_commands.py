@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from recvirt.nestedcloud.client.commands import api, follow, json_option, timeou
 from recvirt.nestedcloud.client.output import table
 
 _LINKS = Path("/sys/class/net")
+#: What makes an instance run that does not.
+_WAYS_ON = {"stopped": "start", "crashed": "start", "suspended": "resume"}
 
 _protocol = click.option(
     "--protocol", type=click.Choice(["tcp", "udp"]), default="tcp", show_default=True, help="Of the port."
@@ -130,11 +134,31 @@ def reached_here(cloud: Api, instance: Mapping[str, Any], links: Path) -> str:
     )  # fmt: skip
 
 
+def wait_for_greeting(address: str, seconds: float, port: int = 22) -> bool:
+    """Until an SSH server greets there; False when none does in time. A guest takes its time to boot."""
+    end, told = time.monotonic() + seconds, False
+    while True:
+        try:
+            with socket.create_connection((address, port), timeout=10) as connection:
+                if connection.recv(4) == b"SSH-":
+                    return True
+        except OSError:  # no route yet, refused, timed out
+            pass
+        if time.monotonic() >= end:
+            return False
+        if not told:
+            click.echo(f"waiting for the SSH server at {address}", err=True)
+            told = True
+        time.sleep(1)
+
+
 @click.command()
 @click.argument("name")
 @click.option("--user", default="root", show_default=True, help="The guest's user.")
+@click.option("--wait", "seconds", type=click.FloatRange(0), default=300, show_default=True, metavar="SECONDS",
+              help="How long a guest that boots is waited for.")  # fmt: skip
 @click.argument("command", nargs=-1)
-def ssh(name: str, user: str, command: tuple[str, ...]) -> None:
+def ssh(name: str, user: str, seconds: float, command: tuple[str, ...]) -> None:
     """Log in to an instance by SSH, on the machine of its worker.
 
     \b
@@ -145,6 +169,13 @@ def ssh(name: str, user: str, command: tuple[str, ...]) -> None:
     cloud = api()
     instance = cloud.call("GET", cloud.below(f"instances/{name}"))
     address = reached_here(cloud, instance, _LINKS)
+    if verb := _WAYS_ON.get(instance["power"]):
+        raise ApiError(f"{name} is {instance['power']}", hint=f"recvirt-cloud {verb} {name}")
+    if not wait_for_greeting(address, seconds):
+        raise ApiError(
+            f"no SSH server of {name} greets at {address} within {seconds:g} s", kind="unreachable",
+            hint=f"recvirt-cloud logs {name} shows how far it has come; --wait gives it longer",
+        )  # fmt: skip
     # An address may have been another instance's; the key that is remembered is this one's.
     words = ["ssh", "-o", f"HostKeyAlias=recvirt-{instance['uuid']}", "-o", "StrictHostKeyChecking=accept-new",
              "-l", user, "--", address, *command]  # fmt: skip
