@@ -142,10 +142,17 @@ class Guest:
         """
         return self._again(Vm.reset)
 
-    def _again(self, restart: Callable[[Vm], object]) -> float:
+    def begin_anew(self) -> float:
+        """Begin anew where the emulator brought the machine to a stand, so that it answers nothing any more.
+
+        The seconds until SSH is back.
+        """
+        return self._again(Vm.reset, answers=False)
+
+    def _again(self, restart: Callable[[Vm], object], *, answers: bool = True) -> float:
         if self.vm is None:
             raise GuestError("a guest inside a guest is not rebooted from here")
-        before = self.boot_id()
+        before = self.boot_id() if answers else ""
         restart(self.vm)
         self.access.close_shared()
         self.vm.mark()

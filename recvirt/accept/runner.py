@@ -20,6 +20,7 @@ from recvirt.accept.guest import Guest
 from recvirt.accept.registry import Check, scenes_of
 from recvirt.accept.results import CheckResult, Failed, Outcome, Skipped
 from recvirt.errors import GuestError, RecvirtError
+from recvirt.qemu.stuck import EmulatorError
 from recvirt.run import allow_start, stop, stop_all
 from recvirt.ui import reporter
 
@@ -102,11 +103,20 @@ def _boot_failed(acceptance: Acceptance, checks: Sequence[Check], message: str, 
 
 
 def _reboot(acceptance: Acceptance, guest: Guest, checks: Sequence[Check]) -> None:
-    word = secrets.token_hex(16)
     try:
-        guest.out(f"echo {word} > /var/lib/recvirt-reboot-marker")
-        guest.facts["reboot-word"] = word
-        guest.facts["reboot-seconds"] = guest.reboot()
+        for tries_left in reversed(range(boots.EMULATOR_TRIES)):
+            word = secrets.token_hex(16)
+            guest.out(f"echo {word} > /var/lib/recvirt-reboot-marker")
+            guest.facts["reboot-word"] = word
+            try:
+                guest.facts["reboot-seconds"] = guest.reboot()
+                break
+            except EmulatorError as error:
+                if not tries_left:
+                    raise
+                reporter.warn(f"{guest.name}: {error.message.splitlines()[0]}; it is reset, and rebooted once more")
+                acceptance.add("boots_begun_anew", 1)
+                guest.begin_anew()
     except RecvirtError as error:
         _boot_failed(acceptance, checks, error.message, 0.0)
         return

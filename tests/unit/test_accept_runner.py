@@ -23,6 +23,7 @@ from recvirt.accept.results import CheckResult, Failed, ImageFacts, Report, Skip
 from recvirt.cli import cli
 from recvirt.errors import ConfigError, GuestError
 from recvirt.model import Profile
+from recvirt.qemu.stuck import EmulatorError
 from recvirt.rootfs.selection import ALWAYS
 from tests.support.fake_guest import FakeGuest, acceptance, guest
 
@@ -118,6 +119,29 @@ def test_a_machine_that_dies_half_way_leaves_the_rest_not_run(tmp_path: Path) ->
     dying.vm = Dead()  # type: ignore[assignment]
     runner.run_guest_checks(run, [check("a"), check("b")], dying)
     assert outcomes(run) == {"a": "not-run", "b": "not-run"}
+
+
+@pytest.mark.parametrize(("faults", "outcome"), [(0, "passed"), (2, "passed"), (3, "failed")])
+def test_a_reboot_that_the_emulator_lost_is_done_once_more(tmp_path: Path, faults: int, outcome: str) -> None:
+    told: list[str] = []
+
+    class Shaken(FakeGuest):
+        def reboot(self) -> float:
+            told.append("reboot")
+            if told.count("reboot") <= faults:
+                raise EmulatorError("an interrupt was lost\n  | console")
+            return 1.0
+
+        def begin_anew(self) -> float:
+            told.append("reset")
+            return 1.0
+
+    run = acceptance(tmp_path)
+    shaken: Any = guest(tmp_path, {"marker": ""})
+    shaken.__class__ = Shaken
+    runner._reboot(run, shaken, [check("c", "reboot")])
+    assert outcomes(run) == {"c": outcome}
+    assert told.count("reset") == min(faults, 2) == run.measures.get("boots_begun_anew", 0)
 
 
 def test_a_failure_after_a_panic_says_so(tmp_path: Path) -> None:
