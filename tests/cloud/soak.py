@@ -20,6 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -123,14 +124,22 @@ class Stage:
         self.cloud = dev.Cloud(self.place)
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
+        # Processes end with the thread that started them (PR_SET_PDEATHSIG), so one that stays does.
+        self._starter = ThreadPoolExecutor(max_workers=1)
+        self._closing = threading.Event()
+        self._watcher = threading.Thread(target=self._watch_always)
         self.cloud.start_all()
         self.tally = Tally()
+        self._watcher.start()
 
     def close(self) -> None:
         """End everything."""
         if self._timer is not None:
             self._timer.join()
+        self._closing.set()
+        self._watcher.join()
         self.cloud.stop()
+        self._starter.shutdown()
         self.libvirtd.kill()
 
     def hit(self, parts: tuple[str, ...]) -> None:
@@ -140,7 +149,16 @@ class Stage:
                 self.cloud.processes[part].kill()
                 self.cloud.processes[part].wait()
             self.tally.kills["+".join(parts)] += 1
-            self.cloud.watch()
+            self._start_again()
+
+    def _start_again(self) -> None:
+        self._starter.submit(self.cloud.watch).result()
+
+    def _watch_always(self) -> None:
+        """Also while a request is sent again and again to what has ended."""
+        while not self._closing.wait(1.0):
+            with self._lock:
+                self._start_again()
 
     def hit_soon(self, part: str, seconds: float) -> None:
         """While something else is asked for."""
@@ -161,8 +179,6 @@ class Stage:
         """Wait for something; it is a violation when it does not come."""
         deadline = time.monotonic() + _WAIT_SECONDS
         while not done():
-            with self._lock:
-                self.cloud.watch()
             if time.monotonic() > deadline:
                 self.violation(f"{what}: not after {_WAIT_SECONDS:.0f} s")
                 return False
