@@ -41,7 +41,9 @@ def test_an_interruption_ends_the_run_at_once_and_the_next_goes_on(
         pytest.skip(servers.why_not("oci-registry"))
     with servers.registry(tmp_path / "registry") as host, line(host, lambda _m, _p, _n: "slow") as slow:
         settings = [f"repository={slow.url.removeprefix('http://').rstrip('/')}/a/b", "insecure=true"]
-        words = [sys.executable, "-m", "recvirt", "publish", "oci-registry", str(image), *place.options]
+        # A job in the background ignores the signal, and hands that down.
+        words = ["env", "--default-signal=INT", sys.executable, "-m", "recvirt", "publish", "oci-registry"]
+        words += [str(image), *place.options]
         words += [word for setting in settings for word in ("--set", f"oci-registry.{setting}")]
         process = subprocess.Popen(words, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
         while slow.count("POST") == 0 and process.poll() is None:
