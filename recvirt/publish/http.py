@@ -1,7 +1,7 @@
 """Requests to a provider: time-outs on each, one retry budget, and errors that say what the provider said.
 
-Tried again: cut connections, time-outs, bodies that end early, 408, 425, 429, 5xx. Never tried again: what was denied
-or is invalid. Addresses are shown without their query, and headers never: both carry signatures.
+Tried again: cut connections, time-outs, bodies that end early, 408, 423 (a lock), 425, 429, 5xx. Never tried again:
+what was denied or is invalid. Addresses are shown without their query, and headers never: both carry signatures.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from recvirt.errors import PublishError
 from recvirt.publish.budget import Budget
 from recvirt.publish.errors import DeniedError, TransientError
 
-_PASSING = (408, 425, 429, 500, 502, 503, 504)
+_PASSING = (408, 423, 425, 429, 500, 502, 503, 504)
 _CONNECT_SECONDS = 10.0
 _SAID_MAX = 400
 _DENIED_HINT = "are the credentials there, not expired, and allowed to do this? docs/publishing.md lists the rights"

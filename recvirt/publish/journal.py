@@ -10,9 +10,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -32,6 +33,19 @@ def target_lock(state_dir: Path, target: str, digest: str) -> Iterator[None]:
             reporter.info(f"waiting for another recvirt that publishes the same image to {target}")
             take_lock(stream.fileno(), is_stopping)
         yield
+
+
+def machine_mark(state_dir: Path) -> str:
+    """Eight letters that tell this user's half-sent files from another machine's; random, and made once."""
+    path = state_dir / "machine"
+    if not path.exists():
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fresh = state_dir / f".machine.{os.getpid()}"
+        fresh.write_text(secrets.token_hex(4))
+        with suppress(FileExistsError):  # of two at once, the first one's counts
+            os.link(fresh, path)
+        fresh.unlink()
+    return path.read_text().strip()
 
 
 class Journal:

@@ -1,6 +1,7 @@
 """Places that a static tree of files can be published to: a folder here, or a WebDAV server.
 
-A file is whole or absent under its name: it is written under another one and moved. S3 has a module of its own.
+A file is whole or absent under its name: it is written under another one and moved. That one bears the mark of this
+machine: another that sends the same file at the same time has its own. S3 has a module of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from recvirt.disk.sparse import copy_sparse
 from recvirt.errors import PublishError
+from recvirt.publish.errors import DeniedError
 from recvirt.publish.http import Http
 from recvirt.publish.transfer import FileBody, Progress
 from recvirt.store import check_room, remove_tree
@@ -70,8 +72,9 @@ class Tree(ABC):
 class FolderTree(Tree):
     """A folder of this machine (or one that is mounted)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, mark: str) -> None:
         self._folder = folder
+        self._part = f".{mark}{_PART}"
 
     def size(self, name: str) -> int | None:
         """See :class:`Tree`."""
@@ -87,7 +90,7 @@ class FolderTree(Tree):
     def write(self, name: str, data: bytes) -> None:
         """See :class:`Tree`."""
         path = self._made(name)
-        partial = path.with_name(f".{path.name}{_PART}")
+        partial = path.with_name(f".{path.name}{self._part}")
         partial.write_bytes(data)
         self._settle(partial, path)
 
@@ -95,7 +98,7 @@ class FolderTree(Tree):
         """See :class:`Tree`. Holes stay holes."""
         del sha256
         path = self._made(name)
-        partial = path.with_name(f".{path.name}{_PART}")
+        partial = path.with_name(f".{path.name}{self._part}")
         check_room(path.parent, source.stat().st_blocks * 512)
         copy_sparse(source, partial)
         size = source.stat().st_size
@@ -145,8 +148,9 @@ class WebDavTree(Tree):
     it: Apache, which tells by a property set of its own. Whatever arrives, the reading back decides.
     """
 
-    def __init__(self, url: str, http: Http) -> None:
+    def __init__(self, url: str, http: Http, mark: str) -> None:
         self._url = url.rstrip("/")
+        self._part = f".{mark}{_PART}"
         self._http = http
         self._known: set[str] = set()
 
@@ -183,7 +187,7 @@ class WebDavTree(Tree):
     def write(self, name: str, data: bytes) -> None:
         """See :class:`Tree`."""
         self._folders(name)
-        part = self._at(name) + _PART
+        part = self._at(name) + self._part
         self._http.call(f"write {name}", "PUT", part, ok=(200, 201, 204), body=data)
         self._settle(name)
 
@@ -197,7 +201,7 @@ class WebDavTree(Tree):
             for start in range(first, total, _PIECE_BYTES):
                 self._put_piece(name, source, progress, start, min(start + _PIECE_BYTES, total))
         else:
-            part = self._at(name) + _PART
+            part = self._at(name) + self._part
             self._http.call(f"send {name}", "PUT", part, ok=(200, 201, 204), body=lambda: FileBody(source, progress))
         self._settle(name)
         return total - first
@@ -209,15 +213,15 @@ class WebDavTree(Tree):
 
     def _sent_before(self, name: str, total: int) -> int:
         """How much of it a killed run has left. A longer one is somebody else's doing, and goes."""
-        there = self.size(name + _PART) or 0
+        there = self.size(name + self._part) or 0
         if there <= total:
             return there
-        self.remove(name + _PART)
+        self.remove(name + self._part)
         return 0
 
     def _put_piece(self, name: str, source: Path, progress: Progress, start: int, end: int) -> None:
         self._http.call(
-            f"send {name}", "PUT", self._at(name) + _PART, ok=(200, 201, 204),
+            f"send {name}", "PUT", self._at(name) + self._part, ok=(200, 201, 204),
             headers={"Content-Range": f"bytes {start}-{end - 1}/{source.stat().st_size}"},
             body=lambda: FileBody(source, progress, start, end - start),
         )  # fmt: skip
@@ -229,8 +233,8 @@ class WebDavTree(Tree):
         def move() -> None:
             # Never twice: a MOVE whose answer was lost has been done, and servers delete the target before they find
             # that there is nothing to move (golang's webdav does).
-            if self.size(name + _PART) is not None:
-                self._http.call(what, "MOVE", self._at(name) + _PART, ok=(201, 204), headers=headers, once=True)
+            if self.size(name + self._part) is not None:
+                self._http.call(what, "MOVE", self._at(name) + self._part, ok=(201, 204), headers=headers, once=True)
             elif self.size(name) is None:
                 raise PublishError(f"{name} was sent, and is not there", hint="publish it again")
 
@@ -244,7 +248,13 @@ class WebDavTree(Tree):
                 continue
             # 405: it is there already (RFC 4918, 9.3.1); some servers say 301.
             url = self._at(folder) if folder else self._url + "/"
-            self._http.call(f"make the folder {folder}", "MKCOL", url, ok=(201, 301, 405), redirects=False)
+            what = f"make the folder {folder}"
+            try:
+                self._http.call(what, "MKCOL", url, ok=(201, 301, 405), redirects=False)
+            except DeniedError:
+                # Apache says so of a folder that another machine makes at this moment.
+                if self._http.call(what, "PROPFIND", url, ok=(207, 404), headers={"Depth": "0"}).status_code != 207:
+                    raise
             self._known.add(folder)
 
     def names(self, folder: str) -> list[str]:

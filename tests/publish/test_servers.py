@@ -49,14 +49,17 @@ def holds_the_image(service: Service, image: Path, folder: Path) -> None:
     is_same_disk(image, copy, service.kind)
 
 
+#: In the folder of a run in a process of its own.
+STDERR = "stderr.txt"
+
+
 def start(service: Service, place: Place, image: Path) -> subprocess.Popen[bytes]:
     """A run in a process of its own."""
     sets = [word for setting in service.settings for word in ("--set", f"{service.target}.{setting}")]
     place.folder.mkdir(exist_ok=True)
     words = [sys.executable, "-m", "recvirt", "publish", service.target, str(image), *sets, *place.options, "--json"]
-    return subprocess.Popen(
-        words, cwd=place.folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    with (place.folder / STDERR).open("ab") as stderr:
+        return subprocess.Popen(words, cwd=place.folder, env=environment(), stdout=subprocess.PIPE, stderr=stderr)
 
 
 def test_what_arrives_is_the_image_and_a_second_run_sends_nothing(service: Service, place: Place, image: Path) -> None:
@@ -193,9 +196,11 @@ def test_two_runs_at_once_make_one(service: Service, place: Place, image: Path) 
 
 
 def test_two_machines_at_once_end_with_one_whole_image(service: Service, place: Place, image: Path) -> None:
-    both = [start(service, Place(place.folder / name), image) for name in ("a", "b")]
+    places = [Place(place.folder / name) for name in ("a", "b")]
+    both = [start(service, one, image) for one in places]
     texts = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
+    told = "\n".join((one.folder / STDERR).read_text() for one in places)
+    assert [process.returncode for process in both] == [0, 0], told
     said = [json.loads(text)[0] for text in texts]
     assert said[0]["ids"] == said[1]["ids"]
     holds_the_image(service, image, place.folder / "back")

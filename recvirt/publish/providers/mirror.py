@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from recvirt.errors import ConfigError, VerificationError
 from recvirt.publish import indexes
 from recvirt.publish.http import Http
+from recvirt.publish.journal import machine_mark
 from recvirt.publish.plan import Step
 from recvirt.publish.provider import Job, Provider, Published, Remote, TargetConfig, WebAddress
 from recvirt.publish.signing import CHECKSUMS
@@ -74,13 +75,13 @@ class Mirror(Provider[MirrorConfig]):
 
     def _open(self) -> Tree:
         if self.config.path is not None:
-            return FolderTree(self.config.path_of_tree)
+            return FolderTree(self.config.path_of_tree, machine_mark(self.job.state_dir))
         if self.config.url is not None:
             http = Http(self.job.budget, timeout=self.config.timeout, workers=self.job.workers, netrc=True)
             user = os.environ.get("RECVIRT_WEBDAV_USER")
             if user is not None:
                 http.session.auth = (user, os.environ.get("RECVIRT_WEBDAV_PASSWORD", ""))
-            return WebDavTree(self.config.url, http)
+            return WebDavTree(self.config.url, http, machine_mark(self.job.state_dir))
         from recvirt.publish.s3tree import S3Tree
 
         assert self.config.s3 is not None
