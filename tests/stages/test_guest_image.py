@@ -157,10 +157,11 @@ class Boot:
     def identity(self) -> tuple[str, str]:
         """Its machine-id, and its host key's fingerprint as a client sees it."""
         seen = subprocess.run(
-            ["ssh-keyscan", "-T", "120", "-p", str(self.access.port), "127.0.0.1"], capture_output=True, text=True,
-            check=True, timeout=COMMAND_SECONDS,
-        ).stdout  # fmt: skip
-        keys = sorted({" ".join(line.split()[1:3]) for line in seen.splitlines() if not line.startswith("#")})
+            ["ssh-keyscan", "-T", "120", "-t", "ed25519", "-p", str(self.access.port), "127.0.0.1"],
+            capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS,
+        )  # fmt: skip
+        assert seen.returncode == 0, seen.stderr
+        keys = sorted({" ".join(line.split()[1:3]) for line in seen.stdout.splitlines() if not line.startswith("#")})
         assert len(keys) == 1 and keys[0].startswith("ssh-ed25519 ")
         return self.run("cat /etc/machine-id"), keys[0]
 
