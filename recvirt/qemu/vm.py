@@ -253,25 +253,26 @@ class Vm:
 
     def plug_disk(self, path: Path, serial: str) -> None:
         """Attach a raw disk to a machine that has a ``spare_port``. ``path`` must lie in a folder of its disks."""
-        file = {"driver": "file", "filename": str(path)}
-        self.qmp.execute("blockdev-add", {"driver": "raw", "node-name": serial, "file": file})
-        device = {"driver": "virtio-blk-pci", "bus": SPARE_PORT, "id": serial, "drive": serial, "serial": serial}
+        file, name = {"driver": "file", "filename": str(path)}, _plugged(serial)
+        self.qmp.execute("blockdev-add", {"driver": "raw", "node-name": name, "file": file})
+        device = {"driver": "virtio-blk-pci", "bus": SPARE_PORT, "id": name, "drive": name, "serial": serial}
         self.qmp.execute("device_add", device)
 
     def unplug_disk(self, serial: str, seconds: float) -> None:
         """Ask the guest to give a disk back, and take it. GuestError when it does not let go."""
-        self.qmp.execute("device_del", {"id": serial})
+        name = _plugged(serial)
+        self.qmp.execute("device_del", {"id": name})
 
         def is_gone() -> bool:
             self.qmp.execute("query-status")  # events come with answers
             return any(
-                event.get("event") == "DEVICE_DELETED" and event["data"].get("device") == serial
+                event.get("event") == "DEVICE_DELETED" and event["data"].get("device") == name
                 for event in self.qmp.events
             )
 
         self.wait_until(is_gone, seconds, f"the guest's leave to take the disk {serial}")
-        self.qmp.events[:] = [event for event in self.qmp.events if event["data"].get("device") != serial]
-        self.qmp.execute("blockdev-del", {"node-name": serial})
+        self.qmp.events[:] = [event for event in self.qmp.events if event["data"].get("device") != name]
+        self.qmp.execute("blockdev-del", {"node-name": name})
 
     def close(self) -> None:
         """Let go of the keyboard."""
@@ -326,6 +327,11 @@ class Vm:
     def reset(self) -> None:
         """The reset button."""
         self.qmp.execute("system_reset")
+
+
+def _plugged(serial: str) -> str:
+    """QEMU's name of a disk that was plugged in: its names begin with a letter (qemu's id_wellformed)."""
+    return f"plug-{serial}"
 
 
 @contextmanager
