@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -36,6 +38,45 @@ def uri() -> Iterator[str]:
     finally:
         daemon.kill()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def over_ssh(uri: str, tmp_path: Path) -> Iterator[str]:
+    """The same libvirtd through an SSH server of the test's own."""
+    missing = [name for name in ("sshd", "nc") if servers.find(name) is None]
+    if missing:
+        # Not installed with the other servers: Debian's package starts one for the whole network.
+        pytest.skip(f"wants {', '.join(missing)}: apt install openssh-server netcat-openbsd")
+    for name in ("client", "host"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = int(free.getsockname()[1])
+    (tmp_path / "sshd_config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {tmp_path}/host\nAuthorizedKeysFile {tmp_path}/client.pub\n"
+        "StrictModes no\nUsePAM no\nPidFile none\nPasswordAuthentication no\n"
+    )
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)  # sshd's folder without rights, which its package's service makes
+    words = [str(servers.find("sshd")), "-D", "-e", "-f", str(tmp_path / "sshd_config")]
+    kind, key, *_ = (tmp_path / "host.pub").read_text().split()
+    (tmp_path / "known").write_text(f"[127.0.0.1]:{port} {kind} {key}\n")
+    client = tmp_path / "ssh"
+    client.write_text(f'#!/bin/sh\nexec ssh -o UserKnownHostsFile={tmp_path}/known "$@"\n')
+    client.chmod(0o755)
+    log_path = tmp_path / "sshd.log"
+    with log_path.open("w") as log, subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=log) as sshd:
+        try:
+            deadline = time.monotonic() + 30
+            while "Server listening" not in log_path.read_text():
+                assert sshd.poll() is None and time.monotonic() < deadline, log_path.read_text()
+                time.sleep(0.05)
+            path = uri.partition("socket=")[2]
+            yield (
+                f"qemu+ssh://{getpass.getuser()}@127.0.0.1:{port}/system"
+                f"?socket={path}&command={client}&keyfile={tmp_path}/client&no_tty=1"
+            )
+        finally:
+            sshd.kill()
 
 
 @pytest.fixture
@@ -73,6 +114,13 @@ def test_a_volume_is_the_image_and_is_not_sent_twice(
     assert (pool / first["ids"]["volume"]).stat().st_mtime_ns == written
     described = virsh(uri, "vol-dumpxml", "--pool", "images", first["ids"]["volume"])
     assert f"<format type='{kind}'/>" in described
+
+
+def test_a_volume_arrives_over_ssh(place: Place, over_ssh: str, pool: Path, image: Path) -> None:
+    (first,) = place.publish("libvirt", image, settings(over_ssh))
+    assert (pool / first["ids"]["volume"]).read_bytes() == image.read_bytes()
+    (second,) = place.publish("libvirt", image, settings(over_ssh))
+    assert (second["sent_bytes"], second["ids"]) == (0, first["ids"])
 
 
 def test_a_spoilt_volume_is_sent_again(place: Place, uri: str, pool: Path, image: Path) -> None:
