@@ -113,20 +113,11 @@ def _escape(value: object) -> str:
     return str(value).replace(",", ",,")
 
 
-def _processors(spec: MachineSpec) -> str:
-    if not spec.cpus_max:
-        return str(spec.cpus)
-    # A socket each: since 6.9 Linux takes no processor that comes into a package which is there, unless it knows its
-    # hypervisor (topo_register_apic), and TCG is none that it knows.
-    most = max(spec.cpus, spec.cpus_max)
-    return f"{spec.cpus},sockets={most},cores=1,threads=1,maxcpus={most}"
-
-
 def qemu_argv(spec: MachineSpec) -> list[str]:
     """The words that start ``spec``; see the module's text for what is relative to the VM's folder."""
     words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-machine", "q35"]
     words += _accelerator_words(spec.accelerator)
-    words += ["-smp", _processors(spec)]
+    words += ["-smp", f"{spec.cpus},maxcpus={max(spec.cpus, spec.cpus_max)}" if spec.cpus_max else str(spec.cpus)]
     words += ["-m", f"{spec.memory_bytes // 1024**2}M"]
     words += _firmware_words(spec.firmware)
     words += ["-device", "virtio-rng-pci"]

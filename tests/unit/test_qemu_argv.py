@@ -120,9 +120,3 @@ def test_an_overlay_names_its_backing_format_so_that_nothing_is_probed() -> None
         "-b", "/i.qcow2", "-F", "qcow2", "/o.qcow2", "5",
     ]  # fmt: skip
     assert overlay_argv(Path("/i.raw"), "raw", Path("/o.qcow2"))[-1] == "/o.qcow2"
-
-
-def test_processors_that_may_come_have_sockets_of_their_own() -> None:
-    words = qemu_argv(MachineSpec(cpus=1, cpus_max=2))
-    assert words[words.index("-smp") + 1] == "1,sockets=2,cores=1,threads=1,maxcpus=2"
-    assert qemu_argv(MachineSpec(cpus=3))[words.index("-smp") + 1] == "3"
