@@ -87,7 +87,8 @@ class MachineSpec:
     (name to bytes), handed over as SMBIOS strings of type 11 (systemd.exec(5), "Credentials").
     ``interactive`` gives the serial console two sockets besides its log; ``vnc`` is a display number, or None.
     ``spare_port`` is an empty PCI Express port, for a device that comes while the guest runs; up to ``cpus_max``
-    processors may come likewise.
+    processors may come likewise. Linux keeps room for them only where it knows the hypervisor (arch/x86/kernel/acpi/
+    boot.c), and it does not know TCG, which then looks like VMware.
     """
 
     accelerator: AcceleratorName = "tcg"
@@ -116,7 +117,7 @@ def _escape(value: object) -> str:
 def qemu_argv(spec: MachineSpec) -> list[str]:
     """The words that start ``spec``; see the module's text for what is relative to the VM's folder."""
     words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-machine", "q35"]
-    words += _accelerator_words(spec.accelerator)
+    words += _accelerator_words(spec.accelerator, known=bool(spec.cpus_max))
     words += ["-smp", f"{spec.cpus},maxcpus={max(spec.cpus, spec.cpus_max)}" if spec.cpus_max else str(spec.cpus)]
     words += ["-m", f"{spec.memory_bytes // 1024**2}M"]
     words += _firmware_words(spec.firmware)
@@ -144,11 +145,15 @@ def qemu_argv(spec: MachineSpec) -> list[str]:
     return words
 
 
-def _accelerator_words(accelerator: AcceleratorName) -> list[str]:
+def _accelerator_words(accelerator: AcceleratorName, *, known: bool) -> list[str]:
     if accelerator == "kvm":
         return ["-accel", "kvm", "-cpu", "host"]
+    words = ["-accel", "tcg,thread=multi"]
+    if known:
+        # Without the CPUID bit, VMware is what has its serial number and its backdoor port, which QEMU's vmport is.
+        return [*words, "-cpu", "max,-hypervisor", "-smbios", "type=1,serial=VMware-0"]
     # "max" emulates SVM with nested paging, which the L2 checks need.
-    return ["-accel", "tcg,thread=multi", "-cpu", "max"]
+    return [*words, "-cpu", "max"]
 
 
 def _firmware_words(firmware: Firmware) -> list[str]:

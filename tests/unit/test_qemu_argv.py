@@ -97,6 +97,15 @@ def test_a_port_for_later_comes_after_everything_that_has_a_place() -> None:
     assert "pcie-root-port" not in " ".join(qemu_argv(MachineSpec()))
 
 
+def test_linux_knows_the_hypervisor_where_processors_may_come() -> None:
+    emulated = qemu_argv(MachineSpec(cpus=1, cpus_max=2))
+    assert value_after(emulated, "-smp") == "1,maxcpus=2"
+    assert value_after(emulated, "-cpu") == "max,-hypervisor" and "type=1,serial=VMware-0" in emulated
+    plain, under_kvm = qemu_argv(MachineSpec(cpus=1)), qemu_argv(MachineSpec(accelerator="kvm", cpus=1, cpus_max=2))
+    assert value_after(plain, "-cpu") == "max" and value_after(under_kvm, "-cpu") == "host"
+    assert "VMware" not in " ".join([*plain, *under_kvm])
+
+
 def test_no_screen_unless_asked_for() -> None:
     assert value_after(qemu_argv(MachineSpec()), "-display") == "none"
     assert value_after(qemu_argv(MachineSpec(vnc=3)), "-display") == "vnc=127.0.0.1:3"
