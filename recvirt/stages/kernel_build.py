@@ -33,6 +33,7 @@ from recvirt.ui import format_bytes, format_seconds, reporter
 
 ARCH = "x86_64"
 INSIDE_CCACHE = Path("/kernel/ccache")
+CCACHE_LOG = "ccache.log"
 CCACHE_SIZE = "5G"
 #: kbuild's quiet output: "  CC [M]  fs/ext4/super.o". Lines of other programs are not indented like this.
 _STEP = re.compile(r"^  [A-Z][A-Z0-9_-]+ +(\[M\] +)?\S")
@@ -164,7 +165,7 @@ def make_env(epoch: int, compiler_pin: str) -> dict[str, str]:
         "CCACHE_DEPEND": "1",
         # The compiler's package is a better witness than its file's time, which each tools root sets anew.
         "CCACHE_COMPILERCHECK": f"string:{compiler_pin}",
-        "CCACHE_STATSLOG": str(INSIDE_BUILD / "ccache.log"),
+        "CCACHE_STATSLOG": str(INSIDE_BUILD / CCACHE_LOG),
     }
 
 
@@ -182,6 +183,7 @@ class _Builder:
         self.ccache_dir = work.context.cache_dir / "ccache"
         self.ccache_dir.mkdir(parents=True, exist_ok=True)
         self.steps_path = self.ccache_dir / f"steps-{inputs.source.key}"
+        self.ccache_log = self.build_dir / CCACHE_LOG
         self.release = ""
 
     def _make(self, *words: str, meter: Meter | None = None, jobs: int | None = None) -> list[str]:
@@ -230,6 +232,8 @@ class _Builder:
     def compile(self) -> Meter:
         """``make bzImage modules``."""
         meter = Meter(self.expected_steps())
+        # So far the compiler was only asked what it can do (Kconfig's cc-option), the second time from the cache.
+        self.ccache_log.unlink(missing_ok=True)
         self._make("bzImage", "modules", meter=meter, jobs=self.work.context.jobs)
         if meter.steps > 100:
             self.steps_path.write_text(str(meter.steps))
@@ -294,7 +298,7 @@ class _Builder:
         config = parse_dotconfig(self.config_path.read_text(encoding="utf-8"))
         if config.get("DEBUG_INFO", "n") == "n":
             remove_tree(self.package_dir)
-            (self.build_dir / "ccache.log").unlink(missing_ok=True)
+            self.ccache_log.unlink(missing_ok=True)
             self.kept.give(self.build_dir)
 
     def _info(self, meter: Meter, seconds: float) -> dict[str, Any]:
@@ -320,7 +324,7 @@ class _Builder:
             "warnings": meter.warnings,
             "seconds": round(seconds, 1),
             "cpu_seconds": round(meter.cpu_seconds, 1),
-            "ccache": ccache_counts(self.build_dir / "ccache.log"),
+            "ccache": ccache_counts(self.ccache_log),
         }
 
 
