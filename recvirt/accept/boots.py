@@ -21,6 +21,7 @@ from recvirt.qemu import (
     Disk,
     Forward,
     MachineSpec,
+    Nic,
     Vm,
     image_info,
     make_config_drive,
@@ -44,6 +45,8 @@ GROWTH_BYTES = 1024**3
 CLOUD_BYTES = 4 * 1024**3
 #: The power is cut when the guest has written so much since the start of its first boot.
 CUT_AFTER_BYTES = (1, 3 * 1024**2, 10 * 1024**2)
+#: The port of the machine with the cloud that may be reached from outside, besides SSH's.
+FORWARDED_PORT = 8080
 #: One more cut comes when cloud-init says this: users and files are made by then, and hardly any of it is on disk.
 CUT_AT_WORD = "running 'modules:final'"
 #: A console without a new word for so long is that of a guest that hangs (scaled like all limits).
@@ -223,7 +226,7 @@ def kernels(acceptance: Acceptance) -> Iterator[Guest]:
 def cloud(acceptance: Acceptance) -> Iterator[Guest]:
     """A machine with room for instances, which sets up its cloud at this first boot."""
     overlay = fresh_overlay(acceptance, acceptance.work_dir / "cloud", GROWTH_BYTES * 2)
-    template = MachineSpec(memory_bytes=CLOUD_BYTES)
+    template = MachineSpec(memory_bytes=CLOUD_BYTES, nics=(Nic(forwards=(Forward(FORWARDED_PORT),)),))
     with booted(acceptance, "cloud", overlay, cloud_config(acceptance, "cloud"), template) as guest:
         yield guest
 

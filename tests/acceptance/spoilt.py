@@ -251,6 +251,11 @@ CLOUD = (
         _sub(f"{_CLOUD}/machine.py", r"mode: int = 0o640", "mode: int = 0o644"),
     ),
     Mutant(
+        "cloud-forwards-a-port",
+        r"the instance's page is ['\"](Connection|ReadTimeout)",
+        _sub(f"{_CLOUD}/portmap.py", r'"fib daddr type local jump wanted"\]', '"accept"]'),
+    ),
+    Mutant(
         "cloud-rescales-live",
         r"a second processor",
         _sub(f"{_CLOUD}/worker/hypervisor.py", r"^( +)self\._call\(domain\.setVcpusFlags,.*$", r"\1pass"),
@@ -272,7 +277,8 @@ CLOUD = (
     ),
     Mutant(
         "cloud-survives-a-power-cut",
-        r"the same instances as before",
+        # Nobody tells the cloud, so that it may go on believing that they run.
+        r"the same instances as before|an SSH login on web",
         _sub(f"{_CLOUD}/central/reports.py", r"restarted = bool\(.*$", "restarted = False"),
     ),
 )
@@ -292,7 +298,6 @@ CLOUD_ALONE = (
 
 #: A central node whose workers reach and are told too little or too much, and (the second) a worker's image.
 WORKERS_CENTRAL = (
-    Mutant("worker-joins", r"images", _sub("/usr/share/recvirt-cloud/tunnel.d/central.nft", r" 2049,", " 2050,")),
     Mutant(
         "lost-worker-is-told",
         r"shelf-2 is away",
@@ -305,6 +310,11 @@ WORKERS_CENTRAL = (
     ),
 )
 WORKERS_WORKER = (
+    Mutant(
+        "worker-joins",
+        r"another certificate than its invitation names",
+        _sub(f"{_CLOUD}/pinned.py", r"if found != fingerprint:", 'if found == "":'),
+    ),
     Mutant(
         "worker-runs-an-instance",
         r"does not run it under KVM",
@@ -322,7 +332,7 @@ def _older_and_deadly(image: SpoiltImage) -> None:
     older = "0.1.0.9"
     for pattern, text in (
         (r"^Version: 0\.1\.\d+$", f"Version: {older}"),
-        (r"(recvirt-cloud) \(= 0\.1\.\d+\)", rf"\1 (= {older})"),
+        (r"(recvirt-cloud) \((=|<<) 0\.1\.\d+\)", rf"\1 (\2 {older})"),
     ):
         _sub("/var/lib/dpkg/status", pattern, text)(image)
     unit = "[Service]\nExecStopPost=+/usr/bin/pkill -KILL qemu-system\n"

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from recvirt.accept import Options, run_acceptance, select
+from recvirt.accept.context import Acceptance
 from recvirt.accept.promise import promises_of
 from recvirt.accept.registry import all_checks
 from recvirt.accept.results import CheckResult
@@ -50,6 +51,9 @@ from tests.support.namespace import Namespace
 from tests.support.spoil import SpoiltImage
 
 Results = dict[str, CheckResult]
+
+#: More than any step of a sound cloud took under emulation.
+HASTY_SECONDS = 400.0
 
 
 def results_of(
@@ -194,6 +198,14 @@ def cloud_image(image: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits that end while somebody still looks: emulated and beside other work, a cloud is given half an hour."""
+    patience = Acceptance.patience
+    monkeypatch.setattr(Acceptance, "patience", lambda self, seconds: min(patience(self, seconds), HASTY_SECONDS))
+
+
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("mutants", [CLOUD, *((mutant,) for mutant in CLOUD_ALONE)], ids=lambda group: group[0].check)
 def test_a_cloud_that_does_not_do_what_it_says_is_rejected(
     mutants: tuple[Mutant, ...], cloud_image: Path, tools: ToolsRoot, tmp_path: Path
@@ -208,6 +220,7 @@ def test_a_cloud_that_does_not_do_what_it_says_is_rejected(
         rejected(found, mutant.check, mutant.words)
 
 
+@pytest.mark.usefixtures("hasty")
 def test_a_worker_that_reaches_too_much_or_too_little_is_rejected(
     cloud_image: Path, tools: ToolsRoot, tmp_path: Path
 ) -> None:
@@ -231,6 +244,7 @@ def test_a_worker_that_reaches_too_much_or_too_little_is_rejected(
         rejected(found, mutant.check, mutant.words)
 
 
+@pytest.mark.usefixtures("hasty")
 def test_a_disk_whose_instances_die_with_its_services_is_rejected(
     cloud_image: Path, tools: ToolsRoot, cache_dir: Path, tmp_path: Path
 ) -> None:

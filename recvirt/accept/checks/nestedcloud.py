@@ -15,6 +15,9 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
+import requests
+
+from recvirt.accept.boots import FORWARDED_PORT
 from recvirt.accept.guest import Guest
 from recvirt.accept.registry import check
 from recvirt.accept.results import Failed, Skipped
@@ -36,6 +39,7 @@ _INNER = ("virbr", "rv", "recvirt")
 _OPERATION_SECONDS = 120
 _KEY = "~/.ssh/recvirt-instance"
 _SCHEDULE_SECONDS = 60
+_PAGE_SECONDS = 30
 _UNREACHED = 99
 
 
@@ -186,9 +190,11 @@ def address_of(guest: Guest, name: str) -> str:
 def inside(guest: Guest, command: str, name: str = INSTANCE) -> str:
     """The stdout of a command in the instance, once its SSH server answers."""
     address = wait_for(guest, f"an address of {name}", lambda: address_of(guest, name))
+    # A command may end with 255 as well, as BusyBox's mount does; ssh means by it that nobody was reached.
+    told_apart = f"({command}\n); status=$?; [ $status -ne 255 ] || exit 254; exit $status"
     ssh = (
         f"ssh -i {_KEY} -o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
-        f" -o ConnectTimeout=20 root@{address} {shlex.quote(command)}"
+        f" -o ConnectTimeout=20 root@{address} {shlex.quote(told_apart)}"
         # 255 would look as if this guest could not be reached.
         f"; status=$?; [ $status -ne 255 ] || exit {_UNREACHED}; exit $status"
     )
@@ -238,6 +244,35 @@ def cloud_launches_under_kvm(guest: Guest) -> str:
         raise Failed(f"KVM counted {exits} exits of the instance; it was not KVM that ran it")
     guest.acceptance.measure("instance_exits", exits)
     return f"its page came over the network; KVM counted {exits} exits"
+
+
+@cloud_check("cloud-forwards-a-port", *ROLES.values())
+def cloud_forwards_a_port(guest: Guest) -> str:
+    """A port of the machine leads, from outside of it, to an instance's page, until the forward is removed"""
+    if guest.vm is None:
+        raise Skipped("a guest inside a guest has no port on this host")
+    nonce = secrets.token_hex(16)
+    # The page's server may run since the launch.
+    inside(guest, f"mkdir -p /www && echo {nonce} > /www/forward && (busybox httpd -p 80 -h /www 2>/dev/null || true)")
+    url = f"http://127.0.0.1:{guest.vm.host_port(FORWARDED_PORT)}/forward"
+
+    def page() -> str:
+        with requests.Session() as session:
+            session.trust_env = False  # whatever proxy the test host has, it does not lead into the machine
+            try:
+                return session.get(url, timeout=_PAGE_SECONDS).text.strip()
+            except requests.RequestException as error:
+                return f"{type(error).__name__}: {error}"
+
+    if (early := page()) == nonce:
+        raise Failed("the port led to the instance before anybody asked for it")
+    operation(guest, "forward", "add", INSTANCE, f"{FORWARDED_PORT}:80")
+    if (found := page()) != nonce:
+        raise Failed(f"through the forward, the instance's page is {found[:200]!r}")
+    operation(guest, "forward", "remove", INSTANCE, str(FORWARDED_PORT))
+    if page() == nonce:
+        raise Failed("the port still leads to the instance after its forward was removed")
+    return f"port {FORWARDED_PORT} of the machine showed the instance's page; before ({early.partition(':')[0]}) not"
 
 
 @cloud_check("cloud-rescales-live", *ROLES.values())

@@ -9,7 +9,7 @@ import shlex
 from typing import Any
 
 from recvirt.accept.boots import CENTRAL_ADDRESS
-from recvirt.accept.checks.nestedcloud import cloud, cloud_is_set_up, operation, wait_for
+from recvirt.accept.checks.nestedcloud import cloud, cloud_is_set_up, operation, roles_of, wait_for
 from recvirt.accept.guest import Guest
 from recvirt.accept.registry import check
 from recvirt.accept.results import Failed
@@ -25,6 +25,11 @@ def worker_row(guest: Guest) -> dict[str, Any]:
     """What the cloud says of the worker that joined; nothing when it does not know it."""
     rows: list[dict[str, Any]] = cloud(guest, "worker", "list")
     return next((row for row in rows if row["name"] == NAME), {})
+
+
+def _runs_instances(guest: Guest) -> bool:
+    """Whether the central node is a worker, too."""
+    return "worker" in roles_of(guest)
 
 
 def wait_for_status(guest: Guest, wanted: str) -> None:
@@ -61,6 +66,7 @@ def worker_joins(guest: Guest) -> str:
 def worker_runs_an_instance(guest: Guest) -> str:
     """An instance that the cloud places on the other machine runs there, under KVM"""
     worker: Guest = guest.facts["worker"]
+    wait_for_status(guest, "up")
     for row in cloud(guest, "worker", "list"):
         if row["name"] != NAME:
             cloud(guest, "worker", "drain", row["name"])
@@ -71,7 +77,7 @@ def worker_runs_an_instance(guest: Guest) -> str:
     domain = f"{INSTANCE}-{shown['uuid'][:8]}"
     if "<domain type='kvm'" not in worker.out(f"virsh -c qemu:///system dumpxml {domain}"):
         raise Failed("libvirt does not run it under KVM")
-    if domain in guest.out("virsh -c qemu:///system list --all --name").split():
+    if _runs_instances(guest) and domain in guest.out("virsh -c qemu:///system list --all --name").split():
         raise Failed("the central machine has it, too")
     address = shown["address"]
     wait_for(guest, f"an answer of {address}", lambda: worker.run(f"ping -c 1 -W 5 {address}").status == 0, _MINUTES)
@@ -162,16 +168,21 @@ def worker_shares_volumes(guest: Guest) -> str:
 
     wait_for(guest, "one pool for both workers", share, _MINUTES)
     _share_key(guest, worker)
-    own = next(row["name"] for row in cloud(guest, "worker", "list") if row["name"] != NAME)
+    # Where the central node runs nothing, the one worker has both instances, and the file lies on the central node.
+    own = next((row["name"] for row in cloud(guest, "worker", "list") if row["name"] != NAME), NAME)
+    machine = guest if _runs_instances(guest) else worker
     near = _place_on(guest, own, "near")
     operation(guest, "volume", "allocate", VOLUME, "--size", "64M", "--on", own)
-    serial = cloud(guest, "volume", "show", VOLUME)["uuid"].replace("-", "")[:20]
+    volume = cloud(guest, "volume", "show", VOLUME)["uuid"]
+    if volume not in guest.out("ls /var/lib/recvirt/blocks"):
+        raise Failed(f"the central node has no file of the volume {volume}")
+    serial = volume.replace("-", "")[:20]
     device = f'cd /sys/class/block; for d in vd?; do [ "$(cat $d/serial)" = {serial} ] && echo /dev/$d; done; true'
     mount = f"mkdir -p /mnt; mount -t ext4 $({device}) /mnt"
     word = secrets.token_hex(16)
     operation(guest, "volume", "attach", VOLUME, "near")
-    _in(guest, near, device)
-    _in(guest, near, f"{mount}; echo {word} > /mnt/word; umount /mnt; echo done")
+    _in(machine, near, device)
+    _in(machine, near, f"{mount}; echo {word} > /mnt/word; umount /mnt; echo done")
     operation(guest, "volume", "detach", VOLUME)
     far = _place_on(guest, NAME, "far-shared")
     operation(guest, "volume", "attach", VOLUME, "far-shared")
