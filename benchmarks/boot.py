@@ -25,9 +25,9 @@ from recvirt.sandbox import ToolsRoot
 
 OURS, STOCK = "default", "debian-kernel"
 _LIMIT = 0.6
-_TIMEOUT_SECONDS = 3600.0
-_MARK = "recvirt-bench"
-_UNIT = f"{_MARK}.service"
+TIMEOUT_SECONDS = 3600.0
+MARK = "recvirt-bench"
+_UNIT = f"{MARK}.service"
 _TICK_NS = 10_000_000  # USER_HZ is 100 on x86 (proc_stat(5))
 _BUSIEST = 3  # services that a row names
 #: Instructions repeat, so that one nanosecond is one of them; no sleeping while idle; no hardware randomness.
@@ -74,10 +74,10 @@ class Boot:
         return self.multi_user_ns - self.idle_ns
 
 
-def credentials() -> dict[str, bytes]:
+def credentials(unit: str = REPORT_UNIT) -> dict[str, bytes]:
     """What makes PID 1 run the report (systemd-debug-generator(8), systemd.system-credentials(7))."""
     return {
-        "systemd.extra-unit.recvirt-bench.service": REPORT_UNIT.replace("@MARK@", _MARK).encode(),
+        "systemd.extra-unit.recvirt-bench.service": unit.replace("@MARK@", MARK).encode(),
         "systemd.unit-dropin.multi-user.target": WANTS_DROPIN.encode(),
     }
 
@@ -125,18 +125,18 @@ def boot_once(tools: ToolsRoot, image: Path, overlay: Path, *, icount: bool, log
     started = time.monotonic()
 
     def on_line(line: str) -> None:
-        if line.strip() == f"{_MARK} here":
+        if line.strip() == f"{MARK} here":
             here.append(time.monotonic() - started)
         lines.append(line.strip())
 
     tools.run(
         boot_argv(machine(overlay, image, icount=icount), icount=icount),
         writable=[folder], readable=[image], network=True, cwd=folder, log_path=log_path, on_line=on_line,
-        timeout_seconds=_TIMEOUT_SECONDS, hint=f"the console: {folder / 'console.log'}",
+        timeout_seconds=TIMEOUT_SECONDS, hint=f"the console: {folder / 'console.log'}",
     )  # fmt: skip
     if not here:
         raise GuestError(f"{image} powered off without a report", hint=f"the console's log: {folder / 'console.log'}")
-    return parse_report(lines[lines.index(f"{_MARK} here") :], here[0])
+    return parse_report(lines[lines.index(f"{MARK} here") :], here[0])
 
 
 def boots(site: Site, profile: str, number: int, *, icount: bool) -> list[Boot]:

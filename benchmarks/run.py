@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import boot, builds, publishing, sizes
+from benchmarks import boot, builds, launched, publishing, sizes
 from benchmarks.results import Result, Row, insert, markdown
 from benchmarks.workplace import CHECKOUT, Site
 from recvirt.cli import default_cache_dir
@@ -54,6 +54,7 @@ BENCHMARKS: dict[str, Callable[[Site], Result]] = {
     "boot": boot.benchmark,
     "prices": boot.prices,
     "l2": l2_exits,
+    "launched": launched.benchmark,
     "sizes": sizes.benchmark,
     "publish": publishing.benchmark,
 }

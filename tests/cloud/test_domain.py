@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from recvirt.nestedcloud.model import GIB, MIB, DiskSpec, ModelError, NetworkSpec, NicSpec
-from recvirt.nestedcloud.worker.domain import NAMESPACE, disk_target, domain_xml, network_xml, shares
+from recvirt.nestedcloud.worker.domain import NAMESPACE, SPARE_PORTS, disk_target, domain_xml, network_xml, shares
 from recvirt.nestedcloud.worker.host import DomainType, Host
 from tests.cloud.support import instance
 
@@ -89,9 +89,27 @@ def test_files_stay_whose_they_are_where_the_worker_is_not_root(keeps: bool) -> 
         assert (label is not None and label.attrib == {"model": "dac", "relabel": "no"}) is keeps
 
 
-def test_there_are_ports_for_what_comes_later() -> None:
-    ports = parsed().findall("devices/controller[@model='pcie-root-port']")
-    assert len(ports) >= 8 and len({port.get("index") for port in ports}) == len(ports)
+def test_there_are_ports_for_what_comes_later_and_for_what_may_go() -> None:
+    def ports(nics: tuple[NicSpec, ...]) -> set[str | None]:
+        found = parsed(nics=nics).findall("devices/controller[@model='pcie-root-port']")
+        assert len({port.get("index") for port in found}) == len(found)
+        return {port.get("index") for port in found}
+
+    nics = tuple(NicSpec(str(uuid.uuid4()), f"52:54:00:00:00:0{number}") for number in range(3))
+    assert len(ports(nics)) == len(ports(())) + 3 and len(ports(())) == SPARE_PORTS
+
+
+def test_what_stays_has_a_place_on_the_root_bus_and_what_may_go_has_none() -> None:
+    domain = parsed(nics=(NicSpec(str(uuid.uuid4()), "52:54:00:00:00:01"),))
+    placed = [element for element in domain.find("devices") or () if element.find("address") is not None]
+    assert sorted(element.tag for element in placed) == ["controller", "disk", "disk", "memballoon", "rng"]
+    places = [{**address.attrib} for element in placed if (address := element.find("address")) is not None]
+    assert {place["bus"] for place in places} == {"0"} and len({place["slot"] for place in places}) == len(places)
+
+
+def test_there_is_no_usb() -> None:
+    # libvirt adds a controller of its own, which every firmware and kernel looks for devices on, if nothing is said.
+    assert attributes(parsed(), "devices/controller[@type='usb']") == {"type": "usb", "model": "none"}
 
 
 def test_a_bandwidth_bounds_both_ways() -> None:

@@ -6,14 +6,16 @@ import argparse
 import contextlib
 import io
 import json
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 
-from benchmarks import boot, builds, measure, mkosi, publishing, results, run, sizes
+from benchmarks import boot, builds, launched, measure, mkosi, publishing, results, run, sizes
 from benchmarks.measure import Sample, Series, Subject
 from benchmarks.results import BEGIN, END, Result, Row
 from benchmarks.workplace import Site
@@ -329,6 +331,90 @@ def test_the_report_has_a_serial_port_of_its_own() -> None:
     assert "After=multi-user.target" in unit
     assert "@" not in unit
     assert b"recvirt-bench.service" in boot.credentials()["systemd.unit-dropin.multi-user.target"]
+
+
+# -- a launched L2 -----------------------------------------------------------------------------------------------------
+
+
+def test_the_job_has_the_domain_that_a_worker_would_define() -> None:
+    with tarfile.open(fileobj=io.BytesIO(launched.job_tar(b"qcow2"))) as archive:
+        files = {name: archive.extractfile(name).read() for name in archive.getnames()}  # type: ignore[union-attr]
+    job = json.loads(files["job.json"])
+    assert ET.fromstring(files["domain.xml"]).findtext("name") == job["domain"]
+    assert ET.fromstring(files["domain.xml"]).get("type") == "kvm"
+    paths = {source.get("file") for source in ET.fromstring(files["domain.xml"]).iter("source") if source.get("file")}
+    # Both boot the same files.
+    assert paths == set(job["files"].values())
+    assert all(any(path in word for word in job["hand"]) for path in paths)
+    assert ET.fromstring(files["network.xml"]).find("bridge").get("name") == job["bridge"]  # type: ignore[union-attr]
+    assert ET.fromstring(files["domain.xml"]).find(".//serial/log").get("file") == job["log"]  # type: ignore[union-attr]
+    assert files["disk.qcow2"] == b"qcow2"
+    assert set(job["files"]) <= set(files)
+
+
+def test_the_job_is_the_second_disk_of_a_counted_machine() -> None:
+    spec = launched.machine(Path("/o.qcow2"), Path("/i.qcow2"), Path("/job.tar"))
+    assert [disk.path for disk in spec.disks] == [Path("/o.qcow2"), Path("/job.tar")]
+    assert spec.disks[1].read_only
+    unit = spec.credentials["systemd.extra-unit.recvirt-bench.service"].decode()
+    assert "tar -xf /dev/vdb" in unit
+    assert "@" not in unit
+    argv = launched.counted_argv(spec)
+    assert argv[argv.index("-plugin") + 1] == "file=./count.so,to=executed" and argv[argv.index("-smp") + 1] == "1"
+
+
+def counted(folder: Path, boots: list[tuple[str, int, int]], *last: str) -> dict[str, launched.Boots]:
+    """What becomes of boots of these subjects, instructions and exits, and of the program's last lines."""
+    counter = folder / "executed"
+    log, now = launched.Log(counter), 1000
+    for how, instructions, exits in boots:
+        counter.write_bytes(now.to_bytes(8, "little"))
+        log.take(json.dumps({"how": how, "at": "begin"}))
+        log.take("[   17.4] noise of the L1")
+        now += instructions
+        counter.write_bytes(now.to_bytes(8, "little"))
+        log.take(json.dumps({"how": how, "at": "end"}))
+        now += 12345  # not measured
+        counter.write_bytes(now.to_bytes(8, "little"))
+        log.take(json.dumps({"how": how, "at": "known", "exits": exits}))
+    for line in last:
+        log.take(f"{line}\n")
+    return log.found()
+
+
+def test_boots_of_an_l2_become_medians(tmp_path: Path) -> None:
+    boots = [*(("launched", n, 100) for n in (9, 1000, 1200)), ("by-hand", 2000, 100)]
+    rows = launched.result(counted(tmp_path, boots, "recvirt-bench status 0")).rows
+    assert [row.relation for row in rows] == ["50.0 %", "100.0 %", "50.0 %"]
+    assert all(row.met for row in rows)
+    slow = counted(tmp_path, [("launched", 106, 1), ("by-hand", 100, 1)], "recvirt-bench status 0")
+    assert [row.met for row in launched.result(slow).rows] == [False, True, False]
+
+
+def test_a_boot_that_was_lost_is_counted_from_its_next_beginning(tmp_path: Path) -> None:
+    counter = tmp_path / "executed"
+    log = launched.Log(counter)
+    for now, line in (
+        (0, '{"how": "launched", "at": "begin"}'), (500, "# no prompt"), (600, '{"how": "launched", "at": "begin"}'),
+        (700, '{"how": "launched", "at": "end"}'), (800, '{"how": "launched", "at": "known", "exits": 3}'),
+        (900, "recvirt-bench status 0"),
+    ):  # fmt: skip
+        counter.write_bytes(now.to_bytes(8, "little"))
+        log.take(line)
+    assert log.found()["launched"] == launched.Boots((100,), (3,))
+
+
+def test_a_boot_whose_end_was_not_heard_is_no_figure(tmp_path: Path) -> None:
+    (tmp_path / "executed").write_bytes(bytes(8))
+    log = launched.Log(tmp_path / "executed")
+    log.take('{"how": "launched", "at": "begin"}')
+    with pytest.raises(GuestError, match="did not say when a boot began and ended: 'end'"):
+        log.take('{"how": "launched", "at": "known", "exits": 3}')
+
+
+def test_a_job_that_did_not_end_well_gives_no_figures(tmp_path: Path) -> None:
+    with pytest.raises(GuestError, match="in a row came to no end"):
+        counted(tmp_path, [("launched", 1, 1)], "4 boots in a row came to no end", "recvirt-bench status 1")
 
 
 # -- sizes, the table, the command line --------------------------------------------------------------------------------
