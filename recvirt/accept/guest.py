@@ -21,6 +21,8 @@ from recvirt.qemu.ssh import CONNECT_SECONDS, HOST
 _COMMAND_SECONDS = 60.0
 #: Status of timeout(1) when time is up, and of a shell for a killed child.
 _TIMED_OUT = (124, 137)
+#: What systemctl says to whoever asks again.
+_REBOOTING = "reboot already in progress"
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,12 @@ class Guest:
         return self._again(lambda _vm: self._ask_for_reboot())
 
     def _ask_for_reboot(self) -> None:
-        # The guest may cut the connection before the answer has come: whether it went down shows when it is back.
+        # The guest may cut the connection before the answer has come, and is asked once more: whether it went down
+        # shows when it is back.
         with suppress(GuestError):
-            self.out("systemctl --no-block reboot")
+            said = self.run("systemctl --no-block reboot")
+            if said.status != 0 and _REBOOTING not in said.stderr:
+                raise Failed(f"it would not reboot: {(said.stderr or said.stdout).strip()[-600:]}")
 
     def reset(self) -> float:
         """Begin anew from one instruction to the next, as after a power cut: the guest learns nothing of it.

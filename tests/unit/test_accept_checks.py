@@ -372,9 +372,12 @@ def test_a_reboot_may_cut_its_own_answer_off_but_not_be_refused(
         raise GuestError("SSH to the guest failed")
 
     machine = guest(tmp_path, {})
-    monkeypatch.setattr(machine, "out", cut)
+    monkeypatch.setattr(machine, "run", cut)
     machine._ask_for_reboot()
     assert asked == ["systemctl --no-block reboot"]
+    # The answer was lost after it had been obeyed, and the question was asked again.
+    told = "Call to Reboot failed: Action reboot already in progress, refusing requested reboot operation."
+    guest(tmp_path, {"reboot": (1, told)})._ask_for_reboot()
     refused = guest(tmp_path, {"reboot": (1, "denied")})
     with pytest.raises(Failed, match="denied"):
         refused._ask_for_reboot()
