@@ -190,7 +190,9 @@ def test_a_kernel_is_built_boots_installs_and_repeats(
     # Elsewhere, with nothing compiled before, fewer jobs and another time: the same bytes.
     elsewhere = dataclasses.replace(cold_cache(cached, tmp_path / "cache-2"), jobs=1)
     second = build_tiny(tiny, elsewhere, tmp_path / "deeper" / "second")
-    assert json.loads((second.out / "build-info.json").read_text())["ccache"]["hits"] < 10
+    cold = json.loads((second.out / "build-info.json").read_text())["ccache"]
+    # A few sources are compiled twice in one build.
+    assert cold["hits"] < 0.05 * cold["misses"]
     assert (second.out / "linux-image.deb").read_bytes() == deb.read_bytes()
 
     # A change of the configuration compiles what it touches, and the way back leads to the same bytes.
