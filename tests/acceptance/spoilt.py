@@ -340,7 +340,11 @@ def _older_and_deadly(image: SpoiltImage) -> None:
 
 
 #: An older disk whose instances do not outlive the upgrade: what stops the services stops QEMU, too.
-UPGRADE = (Mutant("cloud-upgrades-under-instances", r"it was begun again|cat /proc/", _older_and_deadly),)
+UPGRADE = (
+    Mutant(
+        "cloud-upgrades-under-instances", r"it was begun again|cat /(proc|run/libvirt/qemu)/", _older_and_deadly
+    ),
+)  # fmt: skip
 
 #: Promises that the image never kept: the profile is what is changed.
 BROKEN_PROMISES = {
